@@ -1,0 +1,297 @@
+"""The command line: parse, call, print.
+
+Answers go to stdout, progress and warnings to stderr. A problem that the user can mend is one sentence on stderr and
+exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipmatch import __version__
+from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
+from clipmatch.errors import ClipmatchError
+
+Command = Callable[..., Any]
+
+
+class OneSentence(click.Group):
+    """A group whose commands end with one sentence, never a traceback, on problems that the user can mend."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, translating errors."""
+        try:
+            return super().invoke(ctx)
+        except ClipmatchError as error:
+            raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("clipmatch"):
+                raise
+            from clipmatch.embedder import missing_training_extra
+
+            raise click.ClickException(str(missing_training_extra(error))) from error
+        except BrokenPipeError:  # the reader of our output (head, less) has gone
+            sys.stderr.close()
+            ctx.exit(0)
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="clipmatch")
+def main() -> None:
+    r"""Match text to images.
+
+    \b
+    See it work, offline, in four minutes:
+        clipmatch demo
+    Train on your own captioned photographs, measure, search:
+        clipmatch train --captions captions.txt --images Images --out runs/mine
+        clipmatch evaluate --model runs/mine --captions captions.txt --images Images
+        clipmatch find "two dogs in the snow" --model runs/mine --images ~/Pictures
+    """
+
+
+def data_options(command: Command) -> Command:
+    """Options that say which captioned pictures."""
+    for option in (
+        click.option("--format", help="Kind of caption file; recognised if not given."),
+        click.option(
+            "--images", metavar="DIR", help="Folder of the pictures; searched beside the captions if not given."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def device_options(command: Command) -> Command:
+    """Options that say where to compute."""
+    precisions = click.Choice(["float32", "bfloat16", "float16"])
+    for option in (
+        click.option("--precision", type=precisions, help="Number type; the reason of the default is printed."),
+        click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder for all that it makes.")
+@click.option("--seed", default=0, show_default=True, help="Of the pictures and the training.")
+def demo(out: str, seed: int) -> None:
+    """Train a small CLIP from nothing on drawn scenes, in minutes, offline.
+
+    Draws 8,500 captioned pictures, trains a ViT and a DistilBERT from scratch, measures them on 500 held-out scenes,
+    answers a few queries and writes DIR/report.html. Interrupted, it goes on where it was.
+    """
+    from clipmatch.demo import run_demo
+
+    click.echo(run_demo(Path(out), seed))
+
+
+def blocks(context: click.Context, option: click.Parameter, value: str) -> int | str:
+    """none, all, or a number of blocks."""
+    if value in ("none", "all"):
+        return value
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter("give none, all, or a number of blocks")
+
+
+# Shown in this order by `clipmatch train --help`; every default is the config's own.
+TRAIN_HELP = {
+    "epochs": "Passes over the pictures.",
+    "batch_size": "Pairs that compete with each other; larger is better for heads.",
+    "tune_image": "Image tower: none (heads only, on cached features), the last N blocks, or all.",
+    "tune_text": "Text tower: the same.",
+    "rate_heads": "Peak learning rate of the heads.",
+    "rate_image": "Peak learning rate of the image tower.",
+    "rate_text": "Peak learning rate of the text tower.",
+    "weight_decay": "Decay of matrices; norms, biases and logit scale have none.",
+    "warmup": "Fraction of the steps with rising rate.",
+    "clip_norm": "Largest gradient norm.",
+    "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
+    "augment": "Augment pictures as they are read, when the whole image tower learns.",
+    "flip": "Mirror augmented pictures; say --no-flip if captions tell left from right.",
+    "accumulate": "Batches a step.",
+    "gradient_checkpointing": "Less memory, more time.",
+    "evaluate_every": "Epochs between looks at dev.",
+    "patience": "Looks at dev without a better recall before stopping early.",
+    "workers": "Processes that decode pictures.",
+    "seed": "Of weights, order, captions and views.",
+}
+
+
+def train_options(command: Command) -> Command:
+    """An option for each training setting, made from the config so that name and default are said once."""
+    for field in reversed(fields(TrainConfig)):
+        if field.name not in TRAIN_HELP:
+            continue
+        name, text = field.name.replace("_", "-"), TRAIN_HELP[field.name]
+        if field.default in (True, False) and isinstance(field.default, bool):
+            flag = f"--{name}/--no-{name}"
+            command = click.option(flag, default=field.default, show_default=True, help=text)(command)
+        elif field.name.startswith("tune_"):
+            command = click.option(
+                f"--{name}", default="none", show_default=True, callback=blocks, metavar="none|N|all", help=text
+            )(command)
+        else:
+            kind = int if field.default is None else type(field.default)
+            shown = field.default is not None
+            command = click.option(f"--{name}", type=kind, default=field.default, show_default=shown, help=text)(
+                command
+            )
+    return command
+
+
+@main.command()
+@click.option("--captions", metavar="FILE", help="Caption file, or the folder that holds it.")
+@data_options
+@click.option("--train-split", metavar="FILE", help="Image names to train on, one a line.")
+@click.option("--dev-split", metavar="FILE", help="Image names for choices. Without both: the official files if there.")
+@click.option("--dev-fraction", default=DataConfig.dev_fraction, show_default=True, help="Else so many, by image name.")
+@click.option("--out", required=True, metavar="DIR", help="Folder of the run: best/, last/, log.jsonl, tensorboard/.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
+@click.option("--model", metavar="DIR", help="Go on from this model folder instead of new heads on two towers.")
+@click.option("--image-tower", default=ModelConfig.image_tower, show_default=True, help="Hub name or local folder.")
+@click.option("--text-tower", default=ModelConfig.text_tower, show_default=True, help="Hub name or local folder.")
+@click.option("--image-pooling", default="cls", show_default=True, type=click.Choice(["cls", "mean", "cls+mean"]))
+@click.option("--text-pooling", default="cls", show_default=True, type=click.Choice(["cls", "mean"]))
+@click.option("--max-length", default=ModelConfig.max_length, show_default=True, help="Tokens of a caption at most.")
+@click.option("--dropout", default=ModelConfig.dropout, show_default=True, help="In the projection heads.")
+@train_options
+@device_options
+def train(**options: Any) -> None:
+    """Train a CLIP on captioned photographs.
+
+    By default only the heads learn, on features of the frozen towers that are computed once and cached: minutes on a
+    laptop. --tune-text all and --tune-image N fine-tune the towers too. Ctrl-C stops cleanly; --resume goes on.
+    """
+    from clipmatch import training
+
+    if options["resume"]:
+        result = training.resume(options["out"])
+    else:
+        if not options["captions"]:
+            raise ClipmatchError("Which captions? Give --captions FILE (and --images DIR), or --resume.")
+        settings = pick(TrainConfig, options)
+        start = options["model"] or pick(ModelConfig, options)
+        result = training.train(pick(DataConfig, options), settings, start)
+    report_failures(result.failures)
+    if not result.finished:
+        raise SystemExit(130)
+    click.echo(f"best model: {result.model}")
+    click.echo(json.dumps({"model": str(result.model), "dev": result.dev}), err=True)
+
+
+def pick(kind: type[Any], options: dict[str, Any]) -> Any:
+    """The options that are settings of `kind` -> that config."""
+    known = {field.name for field in fields(kind)}
+    return from_json(kind, {name: value for name, value in options.items() if name in known})
+
+
+@main.command()
+@click.option("--model", required=True, metavar="DIR", help="Model folder or training run.")
+@click.option("--captions", required=True, metavar="FILE", help="Caption file, or the folder that holds it.")
+@data_options
+@click.option("--split", metavar="FILE", help="Only these images: one name a line.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures; - for stdout.")
+@click.option("--html", metavar="FILE", help="Write the evaluation card: table, curves, best and worst queries.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@device_options
+def evaluate(
+    model: str,
+    captions: str,
+    images: str | None,
+    format: str | None,
+    split: str | None,
+    json_file: str | None,
+    html: str | None,
+    seed: int,
+    device: str | None,
+    precision: str | None,
+) -> None:
+    """Measure recall@k, both ways, with chance level and confidence interval."""
+    from clipmatch import evaluation
+    from clipmatch.checkpoint import write_json
+    from clipmatch.data import load_captions, select_split
+    from clipmatch.embedder import load_model
+
+    rows = load_captions(captions, images, format).rows
+    if split:
+        rows = select_split(rows, split)
+    result = evaluation.evaluate(load_model(model, device, precision), rows, seed=seed)
+    figures = result.to_json()
+    figures["model"]["path"] = model
+    report_failures(result.failures)
+    if html:
+        from clipmatch.report import write_evaluation_card
+        from clipmatch.runlog import read_history
+
+        write_evaluation_card(result, Path(html), history=read_history(model) or None)
+    if json_file == "-":
+        click.echo(json.dumps(figures, indent=2))
+        return
+    if json_file:
+        write_json(Path(json_file), figures)
+    click.echo(recall_table(figures))
+
+
+def recall_table(figures: dict[str, Any]) -> str:
+    """The figures as a small table, percent."""
+    lines = [f"{figures['images']} images, {figures['captions']} captions; percent (95 % interval; chance)"]
+    for direction, label in (("text_to_image", "text -> image"), ("image_to_text", "image -> text")):
+        part = figures[direction]
+        cells = []
+        for k in (1, 5, 10):
+            low, high = (100 * bound for bound in part["interval"][f"recall@{k}"])
+            chance = 100 * part["chance"][f"recall@{k}"]
+            cells.append(f"R@{k} {100 * part[f'recall@{k}']:.1f} ({low:.1f}-{high:.1f}; {chance:.1f})")
+        lines.append(f"{label}  {'  '.join(cells)}  median rank {part['median_rank']:g}")
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("query")
+@click.option("--model", required=True, metavar="DIR", help="Model folder or training run.")
+@click.option("--images", required=True, metavar="DIR", help="Folder of photographs, searched with its subfolders.")
+@click.option("-k", "--top-k", default=9, show_default=True, help="How many matches.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of path and score.")
+@click.option("--paths", is_flag=True, help="Print paths alone, one a line.")
+@click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
+def find(query: str, model: str, images: str, top_k: int, as_json: bool, paths: bool, device: str | None) -> None:
+    """Find the photographs that match QUERY, best first.
+
+    Each photograph is embedded once and remembered, so that the next query is quick.
+    """
+    from clipmatch.embedder import load_model
+    from clipmatch.search import find_matches
+
+    matches = find_matches(query, load_model(model, device), images, top_k)
+    report_failures(matches.failures)
+    if as_json:
+        click.echo(json.dumps([{"path": str(match.path), "score": match.score} for match in matches], indent=2))
+    elif paths:
+        for match in matches:
+            click.echo(str(match.path))
+    else:
+        click.echo("rank  score  path")
+        for rank, match in enumerate(matches, 1):
+            click.echo(f"{rank:4d}  {match.score:5.3f}  {match.path}")
+
+
+def report_failures(failures: Any) -> None:
+    """Files that could not be used, by path and reason, on stderr."""
+    if failures:
+        click.echo(f"{len(failures)} images could not be read:", err=True)
+    for failure in failures:
+        click.echo(f"  {failure.path}: {failure.reason}", err=True)
+
+
+if __name__ == "__main__":
+    main()

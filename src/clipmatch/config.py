@@ -1,0 +1,137 @@
+"""Every setting, said once: frozen dataclasses that go to JSON beside the weights and come back.
+
+In: keyword arguments or a JSON object. Out: a checked, immutable config. Knows nothing of PyTorch, files or the
+command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from clipmatch.errors import ClipmatchError
+
+Config = TypeVar("Config")
+
+DEFAULT_IMAGE_TOWER = "google/vit-base-patch16-224"
+DEFAULT_TEXT_TOWER = "distilbert-base-uncased"
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How a picture becomes numbers. The defaults are those of google/vit-base-patch16-224."""
+
+    size: int = 224  # pixels, square
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of channel values in 0..1
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"  # or "bicubic", "lanczos"
+    fit: str = "stretch"  # whole picture onto the square; "crop": shorter side to size, then the centre
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, "size must be positive", self.size)
+        require(self.resample in ("bilinear", "bicubic", "lanczos"), "unknown resample", self.resample)
+        require(self.fit in ("stretch", "crop"), "fit must be stretch or crop", self.fit)
+        object.__setattr__(self, "mean", tuple(self.mean))  # JSON brings lists
+        object.__setattr__(self, "std", tuple(self.std))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. A tower is a hub name or a local folder (pretrained), or a Hugging Face config as a dict
+    (`{"model_type": "vit", "hidden_size": 128, ...}`: no pretrained weights).
+    """
+
+    image_tower: str | dict[str, Any] = DEFAULT_IMAGE_TOWER
+    text_tower: str | dict[str, Any] = DEFAULT_TEXT_TOWER
+    image_pooling: str = "cls"  # the class token; "mean": average of the patch tokens; "cls+mean": both
+    text_pooling: str = "cls"  # the first token; "mean": average over real (unpadded) tokens
+    embed_dim: int = 256
+    dropout: float = 0.1  # in the projection heads only
+    max_length: int = 64  # text tokens, the two special ones included
+    init_logit_scale: float = 1 / 0.07  # CLIP's start
+    max_logit_scale: float = 100.0  # CLIP's clamp: beyond it training destabilises
+
+    def __post_init__(self) -> None:
+        poolings = ("cls", "mean", "cls+mean")
+        require(self.image_pooling in poolings, f"image_pooling must be one of {poolings}", self.image_pooling)
+        require(self.text_pooling in poolings[:2], f"text_pooling must be one of {poolings[:2]}", self.text_pooling)
+        require(self.embed_dim > 0, "embed_dim must be positive", self.embed_dim)
+        require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which captioned pictures, and which of them are for choices (dev) rather than for learning (train)."""
+
+    captions: str
+    images: str | None = None  # None: the folder beside the caption file that holds the pictures
+    format: str | None = None  # None: recognised
+    train_split: str | None = None  # files with one image name a line; None: the official ones if they are there,
+    dev_split: str | None = None  # else a fraction of the images, chosen by a hash of their names
+    dev_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.dev_fraction < 1, "dev_fraction must lie between 0 and 1", self.dev_fraction)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. An epoch passes over every picture once, each with one of its captions drawn at random."""
+
+    out: str  # folder of the run: best/ and last/ (model folders), log.jsonl, tensorboard/, train.json
+    epochs: int = 30
+    batch_size: int = 256
+    tune_image: int | str = "none"  # "none": heads only, on cached features; k: the last k blocks too; "all"
+    tune_text: int | str = "none"
+    rate_heads: float = 1e-3  # peak learning rates
+    rate_image: float = 3e-5  # towers come pretrained and need small steps
+    rate_text: float = 5e-5
+    weight_decay: float = 0.1  # not on norms, biases and logit scale
+    warmup: float = 0.05  # fraction of all steps with rising rate; a cosine to zero follows
+    clip_norm: float = 1.0
+    views: int = 1  # cached views of each picture: the plain one and views - 1 augmented ones
+    augment: bool = False  # live augmentation, when the image tower is trained as a whole
+    flip: bool = True  # mirror in augmented views; wrong for captions with "left" and "right"
+    accumulate: int = 1  # batches a step; each batch has its own negatives
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    evaluate_every: int = 1  # epochs between looks at dev
+    patience: int | None = None  # looks at dev without a better recall before stopping; None: run to the end
+    precision: str | None = None  # None: chosen from the device, reason printed
+    device: str | None = None
+    workers: int | None = None  # processes that decode pictures; None: chosen from the cores
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "views"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name in ("tune_image", "tune_text"):
+            value = getattr(self, name)
+            good = value in ("none", "all") or (isinstance(value, int) and value > 0)
+            require(good, f"{name} must be none, all or a number of blocks", value)
+        require(self.batch_size > 1, "batch_size must be at least 2: a pair needs negatives", self.batch_size)
+        require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
+        require(self.patience is None or self.patience >= 1, "patience must be at least 1", self.patience)
+
+
+def require(condition: bool, what: str, value: object) -> None:
+    """Raise a `ClipmatchError` that names the setting's rule and the value that breaks it."""
+    if not condition:
+        raise ClipmatchError(f"Bad setting: {what} (got {value!r}).")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass -> plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A JSON object -> config of the given kind. An unknown key is a typo and the error names its likely meaning."""
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+            raise ClipmatchError(f"Unknown setting {key!r} for {kind.__name__}; {hint}")
+    return kind(**values)

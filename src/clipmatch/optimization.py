@@ -1,0 +1,84 @@
+"""Which weights learn, how fast, and how the optimiser's state is kept.
+
+In: a model and the settings. Out: an optimiser with a peak rate for each part; its state as named tensors, so that no
+pickle is needed. Knows nothing of data or logs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipmatch.config import TrainConfig
+from clipmatch.errors import ClipmatchError
+from clipmatch.model import CLIPModel, blocks_of
+
+
+def unfreeze(backbone: nn.Module, tune: int | str) -> int:
+    """Set which weights of a tower learn -> how many of its last blocks do (0: none, or all)."""
+    backbone.requires_grad_(tune == "all")
+    if isinstance(tune, str):
+        return 0
+    blocks = blocks_of(backbone)
+    if tune > len(blocks):
+        raise ClipmatchError(f"The tower has {len(blocks)} blocks, fewer than the {tune} to tune; give all.")
+    for block in blocks[len(blocks) - tune :]:
+        block.requires_grad_(True)
+    for name, child in backbone.named_children():  # the norm that follows the last block
+        if "norm" in name.lower():
+            child.requires_grad_(True)
+    return tune
+
+
+def describe_parameters(model: CLIPModel) -> str:
+    """How many weights learn, for the log."""
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return f"{learning / 1e6:.2f} of {total / 1e6:.2f} million weights"
+
+
+def build_optimizer(model: CLIPModel, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a peak rate for each tower and the heads; no decay on norms, biases and the logit scale."""
+    rates = {"image": settings.rate_image, "text": settings.rate_text, "heads": settings.rate_heads}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split("_")[0] if ".backbone." in name else "heads"
+            members.setdefault((part, parameter.ndim >= 2), []).append(parameter)
+    groups = [
+        {"params": parameters, "peak": rates[part], "lr": 0.0, "weight_decay": settings.weight_decay * decays}
+        for (part, decays), parameters in sorted(members.items())
+    ]
+    return torch.optim.AdamW(groups)
+
+
+def rate_at(step: int, total: int, warmup: float) -> float:
+    """The learning rate's factor at a step: linear rise, then a cosine to zero (Loshchilov and Hutter 2017)."""
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Optimiser state -> named tensors and numbers, so that no pickle is needed."""
+    tensors, numbers = {}, {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{number}.{name}"] = value
+    return tensors, numbers
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    """The reverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *numbers.items()]:
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

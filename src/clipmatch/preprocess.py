@@ -1,0 +1,384 @@
+"""Pictures and words -> tensors: the only place where that happens, for training and for search alike.
+
+In: image files, PIL images, arrays, strings, a `PreprocessConfig`, a `tokenizers.Tokenizer`. Out: RGB images, float32
+pixel values, int64 token ids. Knows nothing of models or data sets. PyTorch is imported only to return its tensors.
+Shapes: b images or texts, s the side of the square in pixels, t tokens, h and w the sides of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from PIL import ExifTags, Image, ImageEnhance
+
+from clipmatch.config import PreprocessConfig
+from clipmatch.errors import ClipmatchError
+
+MAX_PIXELS = 200_000_000  # 600 MB as RGB; more is a mistake or an attack
+
+Picture: TypeAlias = "Image.Image | npt.NDArray[np.uint8]"
+
+RESAMPLE = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ClipmatchError):
+    """An image file that cannot be used: its path and a short reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it survives the way back from a worker process
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"Cannot read the image {self.path}: {self.reason}."
+
+
+# Image files --------------------------------------------------------------------------------------------------------
+
+
+def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
+    """Image file -> RGB image, upright, transparency on white, first frame of an animation.
+
+    With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster;
+    neither side then falls below `min_size`. Whatever is wrong with the file, the one exception is `ImageError`.
+    """
+    path = Path(path)
+    try:
+        check_file(path)
+        with path.open("rb") as file:
+            image = open_image(path, file)
+            if min_size:
+                image.draft(None, (min_size, min_size))  # mode None: a CMYK file drafted to RGB comes out wrong
+            return to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise about a dozen unrelated kinds on damaged files
+        raise ImageError(path, reason_of(error)) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise `ImageError` for what can be told without opening; opening a named pipe would wait for ever."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(path, "it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "it is not a regular file")
+    if status.st_size == 0:
+        raise ImageError(path, "the file is empty")
+
+
+def open_image(path: Path, file: IO[bytes]) -> Image.Image:
+    """Read the header as `Image.open` does, but hold it to `MAX_PIXELS`.
+
+    `Image.open` has a limit of its own, with a warning at half of it. Neither can be turned off for this call alone:
+    both the limit and Python's warning filters belong to the whole process with all its threads.
+    """
+    Image.preinit()  # first, so that the common formats are tried first
+    Image.init()
+    prefix, reason = file.read(16), "it is not an image in a known format"
+    for name in tuple(Image.ID):
+        if name == "EPS":  # a program, which Pillow would run in Ghostscript
+            continue
+        factory, accept = Image.OPEN[name]
+        try:
+            accepted = accept is None or accept(prefix)
+            if not accepted or isinstance(accepted, str):  # a string: known, but this Pillow was built without it
+                reason = accepted or reason
+                continue
+            file.seek(0)
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # "not mine after all"
+            if accept is not None:
+                reason = f"it is a damaged or unsupported {name} file ({reason_of(error)})"
+            continue
+        if image.width * image.height > MAX_PIXELS:
+            size = f"{image.width} x {image.height} pixels"
+            raise ImageError(path, f"{size} are more than the limit of {MAX_PIXELS // 1_000_000} million")
+        return image
+    raise ImageError(path, reason)
+
+
+def reason_of(error: Exception) -> str:
+    """An exception of a decoder or of the operating system, in a few words."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    text = str(error).strip().rstrip(".")
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Image of any mode -> RGB, upright by its EXIF orientation, transparency on white."""
+    image.load()  # before the look at the orientation: a TIFF file is turned by its decoder
+    orientation = orientation_of(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    elif image.has_transparency_data:
+        if image.mode == "La":  # has no direct way to RGBA
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+        image.info = {}  # the copied EXIF data would turn it a second time
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) if there is none or its data are damaged: the picture itself may be sound."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
+
+
+def eight_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
+    """Grey values of 16 bits (modes I) or floating point (mode F) [h, w] -> uint8 [h, w], scaled and not cut off.
+
+    Floating point has no agreed white: 1, 255 or 65535, whichever is the least that the values keep to.
+    """
+    grey = np.nan_to_num(values.astype(np.float32), nan=0.0)
+    white = 65535.0
+    if mode == "F":
+        white = next((top for top in (1.0, 255.0, 65535.0) if grey.max() <= top), float(grey.max()))
+    bright: npt.NDArray[np.float32] = np.clip(grey / white, 0, 1)
+    return np.rint(bright * 255).astype(np.uint8)
+
+
+class Transform:
+    """Picture -> pixel values of a square of `config.size`, as a Hugging Face image processor would return them."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self.config = config
+        self.scale = (1 / (255 * np.array(config.std))).astype(np.float32)  # [3]
+        self.shift = (-np.array(config.mean) / np.array(config.std)).astype(np.float32)  # [3]
+
+    def __call__(self, images: Picture | Sequence[Picture], return_tensors: str | None = None) -> dict[str, Any]:
+        """One picture or several -> {"pixel_values": float32}.
+
+        Without `return_tensors` a list of arrays [3, s, s], with "np" or "pt" an array or tensor [b, 3, s, s].
+        A picture is a PIL image of any mode or a uint8 array [h, w, 3] (or [h, w], or [h, w, 4]).
+        """
+        single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        pictures: Sequence[Any] = [images] if single else images  # type: ignore[list-item,assignment]
+        side = self.config.size
+        square = np.array([self.pixels(picture) for picture in pictures], dtype=np.uint8)
+        values = self.normalise(square.reshape(-1, side, side, 3))  # [b, s, s, 3] -> [b, 3, s, s]
+        return {"pixel_values": list(values) if return_tensors is None else as_tensor(values, return_tensors)}
+
+    def pixels(self, image: Picture) -> npt.NDArray[np.uint8]:
+        """Picture -> uint8 [s, s, 3]: made square and resized, not normalised."""
+        picture = to_rgb(as_picture(image))
+        side, (width, height) = self.config.size, picture.size
+        box = (0.0, 0.0, float(width), float(height))
+        if self.config.fit == "crop":
+            # The centre is cut out before it is resized: the other way round, a picture of 1 x 10000 pixels would
+            # need gigabytes on the way.
+            short = min(width, height)
+            left, top = (width - short) / 2, (height - short) / 2
+            box = (left, top, left + short, top + short)
+        picture = picture.resize((side, side), RESAMPLE[self.config.resample], box)
+        return np.asarray(picture, dtype=np.uint8)  # [s, s, 3]
+
+    def normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 [..., s, s, 3] -> float32 [..., 3, s, s] with (value / 255 - mean) / std."""
+        values = pixels.astype(np.float32) * self.scale + self.shift  # [..., s, s, 3]
+        return np.ascontiguousarray(np.moveaxis(values, -1, -3), dtype=np.float32)  # [..., 3, s, s]
+
+    def augment(
+        self,
+        image: Picture,
+        rng: np.random.Generator,
+        scale: tuple[float, float] = (0.6, 1.0),
+        flip: bool = True,
+    ) -> Image.Image:
+        """Picture -> another view of it for training, RGB, s x s.
+
+        A random part (a fraction of the area within `scale`, aspect ratio 3/4 to 4/3) is resized to the square,
+        mirrored half of the time, and its brightness, contrast and colour are changed by up to a fifth. Mirroring
+        makes captions with "left of" wrong: `flip=False` for data that has them.
+        """
+        picture = to_rgb(as_picture(image))
+        side = self.config.size
+        box = random_box(picture.size, rng, scale)
+        picture = picture.resize((side, side), RESAMPLE[self.config.resample], box)
+        if flip and rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            picture = enhance(picture).enhance(rng.uniform(0.8, 1.2))
+        return picture
+
+
+def as_picture(image: Picture) -> Image.Image:
+    """PIL image as it is; uint8 array [h, w, 3], [h, w, 4], [h, w, 1] or [h, w] -> PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        raise ClipmatchError(
+            f"An image array must be uint8 with height, width and channels in that order "
+            f"(got {array.dtype} {list(array.shape)})."
+        )
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def random_box(
+    size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a random part of a picture; after ten parts that do not fit, the whole picture.
+
+    The sampling is that of Inception (Szegedy et al. 2014, "Going deeper with convolutions").
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, min(left + w, width), min(top + h, height)
+    return 0.0, 0.0, float(width), float(height)
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Text -> token ids, as `transformers.AutoTokenizer` gives them for the same `tokenizer.json`, without its weight.
+
+    Always pads and cuts on the right. Holds no state between calls, so threads may share one.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend  # kept as it came, for `save`
+        # A copy with neither padding nor truncation: both depend on the call and are done here.
+        self.plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        self.plain.no_padding()
+        self.plain.no_truncation()
+        self.pad_id = find_pad_id(backend)
+        self.special = self.plain.num_special_tokens_to_add(False)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises `ClipmatchError` if that is impossible."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise ClipmatchError(f"Cannot read the tokenizer {path}: {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the `tokenizer.json` as it was read."""
+        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self.backend.get_vocab_size()
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        padding: str | bool = "max_length",
+        truncation: bool = True,
+        max_length: int = 64,
+        return_tensors: str | None = None,
+    ) -> dict[str, Any]:
+        """One text or several -> {"input_ids": ids, "attention_mask": 1 for a token, 0 for padding}.
+
+        With `return_tensors` "np" or "pt" int64 [b, t], otherwise lists (one text: flat lists). t is `max_length`, or
+        with `padding=True` the longest text of the call. Truncation keeps the special tokens at both ends.
+        """
+        batch = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self.encode(text, max_length if truncation else None) for text in batch]
+        mask = [[1] * len(row) for row in ids]
+        target = self.target_length(ids, padding, max_length)
+        result: dict[str, Any] = {
+            "input_ids": [row + [self.pad_id] * (target - len(row)) for row in ids],
+            "attention_mask": [row + [0] * (target - len(row)) for row in mask],
+        }
+        if return_tensors is not None:
+            return {name: as_tensor(rectangle(rows, target), return_tensors) for name, rows in result.items()}
+        return {name: rows[0] for name, rows in result.items()} if isinstance(texts, str) else result
+
+    def encode(self, text: str, max_length: int | None) -> list[int]:
+        """Text -> ids with the special tokens, at most `max_length` of them."""
+        if not isinstance(text, str):
+            raise ClipmatchError(f"A text to be tokenized must be a string (got {text!r}).")
+        # half a surrogate pair (a stray byte of the command line) is no UTF-8: it becomes "?"
+        encoding = self.plain.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False)
+        if max_length is not None:
+            if max_length <= self.special:
+                raise ClipmatchError(f"max_length must exceed the {self.special} special tokens (got {max_length}).")
+            encoding.truncate(max_length - self.special)
+        ids: list[int] = self.plain.post_process(encoding).ids
+        return ids
+
+    @staticmethod
+    def target_length(ids: list[list[int]], padding: str | bool, max_length: int) -> int:
+        """The length that shorter texts are padded to; 0 for no padding."""
+        if padding == "max_length":
+            return max_length
+        if padding is True or padding == "longest":
+            return max(map(len, ids), default=0)
+        if padding is False:
+            return 0
+        raise ClipmatchError(f"padding must be 'max_length', True or False (got {padding!r}).")
+
+
+def find_pad_id(backend: tokenizers.Tokenizer) -> int:
+    """The padding id by the tokenizer's own setting, else by the usual names.
+
+    Without any it is 0, and which token that is does not matter: the attention mask hides it.
+    """
+    if backend.padding is not None:
+        return int(backend.padding["pad_id"])
+    ids = (backend.token_to_id(name) for name in ("[PAD]", "<pad>"))
+    return next((id for id in ids if id is not None), 0)
+
+
+def rectangle(rows: list[list[int]], target: int) -> npt.NDArray[np.int64]:
+    """Rows of one length -> [b, t]. Raises `ClipmatchError` if they differ."""
+    lengths = {len(row) for row in rows} or {target}
+    if len(lengths) > 1:
+        raise ClipmatchError("The texts have different lengths and make no tensor; set padding=True and truncation.")
+    return np.array(rows, dtype=np.int64).reshape(len(rows), *lengths)
+
+
+def as_tensor(values: npt.NDArray[Any], kind: str) -> Any:
+    """Array -> array ("np") or PyTorch tensor ("pt") of the same shape."""
+    if kind == "np":
+        return values
+    if kind != "pt":
+        raise ClipmatchError(f"return_tensors must be None, 'np' or 'pt' (got {kind!r}).")
+    try:
+        import torch
+    except ImportError as error:
+        raise ClipmatchError("Tensors need PyTorch: pip install 'clipmatch[train]'.") from error
+    return torch.from_numpy(values)

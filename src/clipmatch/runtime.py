@@ -1,0 +1,97 @@
+"""The machine: device, number type, threads and seeds, each automatic choice with its reason.
+
+In: nothing, or a name given by the user. Out: PyTorch devices and dtypes, and a sentence that says why.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clipmatch.errors import ClipmatchError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number type that matrix products run in; None: float32, no autocast."""
+
+    dtype: torch.dtype | None
+    reason: str
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: affinity and, on Linux, the container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+        return cores
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the fastest there is: CUDA, Apple's GPU, CPU."""
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ClipmatchError(f"The device {name!r} can't be used here ({first}); try --device cpu.") from None
+    return device
+
+
+def choose_precision(device: torch.device, name: str | None = None) -> Precision:
+    """The precision called `name` ("float32", "bfloat16", "float16"), or the fastest that is safe on `device`."""
+    import torch
+
+    if name is not None:
+        kinds = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if name not in kinds:
+            raise ClipmatchError(f"Unknown precision {name!r}; use one of {', '.join(kinds)}.")
+        return Precision(kinds[name], f"{name}: as asked")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, "bfloat16: this GPU computes in it")
+        return Precision(torch.float16, "float16: this GPU has no bfloat16; the loss is scaled")
+    if device.type == "cpu":
+        features = cpu_features()
+        for feature, label in (("amx_bf16", "AMX-BF16"), ("avx512_bf16", "AVX512-BF16")):
+            if feature in features:
+                return Precision(torch.bfloat16, f"bfloat16: this CPU has {label}")
+        return Precision(None, "float32: this CPU has no fast bfloat16")
+    return Precision(None, f"float32: the exact choice on {device.type}")
+
+
+def cpu_features() -> set[str]:
+    """The CPU's feature names as Linux lists them; empty elsewhere."""
+    if platform.system() != "Linux":
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,484 @@
+"""Training: a config -> a run folder with the best model, the last state and a log.
+
+    train(data, settings, model) -> Result
+    OUT/best/  OUT/last/          model folders; last/ also holds what a resumed run needs
+    OUT/log.jsonl  OUT/train.json  OUT/tensorboard/
+
+Every step depends only on the weights, the optimiser's state and (seed, step), so that a resumed run continues
+exactly. Knows nothing of file formats or ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipmatch.checkpoint import (
+    Checkpoint,
+    create_checkpoint,
+    find_folder,
+    load_checkpoint,
+    save_checkpoint,
+)
+from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
+from clipmatch.data import CaptionedImage, Splits, content_hash, load_captions, split_captions
+from clipmatch.embedder import Failure
+from clipmatch.errors import ClipmatchError
+from clipmatch.evaluation import measure
+from clipmatch.features import image_features, text_features
+from clipmatch.loss import contrastive_loss
+from clipmatch.optimization import (
+    build_optimizer,
+    describe_parameters,
+    pack_optimizer,
+    rate_at,
+    unfreeze,
+    unpack_optimizer,
+)
+from clipmatch.preprocess import Tokenizer
+from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
+from clipmatch.runtime import choose_device, choose_precision, seed_everything, usable_cores
+from clipmatch.sources import (
+    PLAIN,
+    Batch,
+    CachedImages,
+    CachedTexts,
+    EpochBatches,
+    ImageSource,
+    LiveImages,
+    LiveTexts,
+    PairDataset,
+    TextSource,
+)
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+EVALUATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with. model: folder of the best model; dev: its figures; finished: False after Ctrl-C."""
+
+    model: Path
+    dev: dict[str, Any]
+    history: list[dict[str, Any]]
+    failures: list[Failure]
+    finished: bool
+
+
+def train(
+    data: DataConfig | Splits,
+    settings: TrainConfig,
+    model: ModelConfig | Checkpoint | str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Train a CLIP on captioned pictures and keep the model with the best recall on dev.
+
+    data: caption file and folder, or splits already made. model: architecture for a new model, a model folder or a
+    checkpoint to go on from; None takes the default towers from the hub. tokenizer: for text towers without one.
+    resume: go on with the run in `settings.out`, whose saved model settings win.
+    Raises ClipmatchError on bad settings or data, an existing run without `resume`, a loss that is not finite.
+    """
+    run = Path(settings.out)
+    splits = data if isinstance(data, Splits) else read_splits(data)
+    state = find_state(run, resume)
+    seed_everything(settings.seed)
+    checkpoint = load_checkpoint(run / "last") if state else start_from(model, tokenizer)
+    note(f"data: {len(splits.train)} pictures to train on, {len(splits.dev)} for dev ({splits.origin})")
+    write_plan(run, data, settings)
+    return Trainer(checkpoint, splits, settings, state, progress).run()
+
+
+def resume(run: str | Path, progress: bool = True) -> Result:
+    """Go on with the run in a folder, with the settings saved there. Raises ClipmatchError if there is none."""
+    path = Path(run)
+    try:
+        plan = json.loads((path / "train.json").read_text())
+        data, settings = from_json(DataConfig, plan["data"]), from_json(TrainConfig, plan["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ClipmatchError(f"{path} holds no run to resume (no train.json); start one without --resume.") from None
+    return train(data, replace(settings, out=str(path)), resume=True, progress=progress)
+
+
+def read_splits(data: DataConfig) -> Splits:
+    """Caption file -> train and dev; what was repaired, dropped or missing is counted on stderr."""
+    captions = load_captions(data.captions, data.images, data.format)
+    for what, notes in (("repaired", captions.repaired), ("dropped", captions.dropped)):
+        if notes:
+            note(f"{captions.source}: {len(notes)} lines {what}, the first: line {notes[0].line} ({notes[0].text})")
+    if captions.missing:
+        note(f"{captions.source}: {len(captions.missing)} pictures are not there, the first: {captions.missing[0]}")
+    return split_captions(captions, data.train_split, data.dev_split, data.dev_fraction)
+
+
+def start_from(model: ModelConfig | Checkpoint | str | Path | None, tokenizer: Tokenizer | None) -> Checkpoint:
+    """Whatever names a model -> a checkpoint to train."""
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str | Path):
+        return load_checkpoint(model)
+    return create_checkpoint(model or ModelConfig(), tokenizer)
+
+
+def find_state(run: Path, resume: bool) -> dict[str, Any] | None:
+    """The saved state of a run to resume; None for a new run. Raises ClipmatchError if the folder does not fit."""
+    saved = next((folder for folder in (run / "last", run / "last.old") if (folder / STATE).is_file()), None)
+    if resume:
+        if saved is None:
+            raise ClipmatchError(f"{run} holds no run to resume; start one without --resume.")
+        state: dict[str, Any] = json.loads((saved / STATE).read_text())
+        return state
+    if saved is not None or (run / "best").exists():
+        raise ClipmatchError(f"{run} already holds a run; go on with it by --resume, or choose another --out.")
+    return None
+
+
+def write_plan(run: Path, data: DataConfig | Splits, settings: TrainConfig) -> None:
+    """Save what `resume` needs; splits made in Python are not saved, so such a run is resumed from Python."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClipmatchError(f"The folder {run} can't be made ({error.strerror}); choose another --out.") from error
+    plan = {"data": to_json(data) if isinstance(data, DataConfig) else None, "settings": to_json(settings)}
+    (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
+
+
+class Trainer:
+    """One run. Construct, then `run()`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        splits: Splits,
+        settings: TrainConfig,
+        state: dict[str, Any] | None,
+        progress: bool,
+    ):
+        self.settings, self.splits, self.progress = settings, splits, progress
+        self.out = Path(settings.out)
+        self.device = choose_device(settings.device)
+        self.precision = choose_precision(self.device, settings.precision)
+        note(f"device: {self.device}; {self.precision.reason}")
+        self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
+        self.image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
+        self.text_blocks = unfreeze(self.model.text_encoder.backbone, settings.tune_text)
+        refuse_frozen_random(checkpoint, settings)
+        if settings.gradient_checkpointing:
+            for encoder in (self.model.image_encoder, self.model.text_encoder):
+                encoder.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.failures: list[Failure] = []
+        self.train_images = self.image_source(splits.train, settings.views, settings.augment)
+        self.train_texts = self.text_source(splits.train)
+        self.dev_images = self.image_source(splits.dev, 1, False)
+        self.dev_texts = self.text_source(splits.dev)
+        self.optimizer = build_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
+        if len(splits.train) < settings.batch_size:
+            note(f"batch size: {len(splits.train)}, for there are no more pictures")
+        self.batch_size = min(settings.batch_size, len(splits.train))
+        self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
+        self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.looks_since_best = 0
+        self.history: list[dict[str, Any]] = []
+        if state:
+            self.restore(state)
+
+    # Data
+
+    def image_source(self, rows: tuple[CaptionedImage, ...], views: int, augment: bool) -> ImageSource:
+        """Cached features where the tower (or its lower part) stays frozen, else files."""
+        paths, settings = [row.path for row in rows], self.settings
+        encoder = self.model.image_encoder
+        last = self.image_blocks
+        if settings.tune_image == "all" or (last and not encoder.splittable):
+            return LiveImages(paths, self.checkpoint.transform, augment, settings.flip, settings.seed)
+        encoder.eval()
+        table, failures = image_features(
+            self.checkpoint,
+            paths,
+            precision=self.precision,
+            device=self.device,
+            last_blocks=last,
+            views=views,
+            flip=settings.flip,
+            progress=self.progress,
+        )
+        self.failures += failures
+        return CachedImages(table, last, settings.seed)
+
+    def text_source(self, rows: tuple[CaptionedImage, ...]) -> TextSource:
+        """Cached features where the tower stays frozen, else token ids."""
+        texts = [caption for row in rows for caption in row.captions]
+        if self.settings.tune_text != "none":
+            return LiveTexts(texts, self.checkpoint.tokenizer, self.model.config.max_length)
+        self.model.text_encoder.eval()
+        return CachedTexts(
+            text_features(self.checkpoint, texts, precision=self.precision, device=self.device, progress=self.progress)
+        )
+
+    def loader(self) -> Any:
+        """Batches from the current step on, fetched by worker processes where pictures are decoded."""
+        rows, settings = self.splits.train, self.settings
+        first = np.cumsum([0, *(len(row.captions) for row in rows)])
+        dataset = PairDataset(self.train_images, self.train_texts, first, settings.seed)
+        start = (self.step // self.steps_per_epoch) * self.batches
+        start += (self.step % self.steps_per_epoch) * settings.accumulate
+        sampler = EpochBatches(len(rows), self.batch_size, settings.epochs, settings.seed, start)
+        decoding = isinstance(self.train_images, LiveImages) and self.train_images.kept is None
+        workers = settings.workers
+        if workers is None:
+            workers = min(8, max(1, usable_cores() // 2)) if decoding else 0
+        return torch.utils.data.DataLoader(
+            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=itself, persistent_workers=False
+        )
+
+    # The loop
+
+    def run(self) -> Result:
+        """Train to the end, to early stopping or to Ctrl-C."""
+        total = self.steps_per_epoch * self.settings.epochs
+        finished, losses, began = True, [], time.perf_counter()
+        self.model.train()
+        note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
+        with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
+            batches = iter(self.loader())
+            while self.step < total and not stop():
+                figures = self.take_step(batches, total)
+                losses.append(figures["loss"])
+                log.step(figures)
+                bar.update()
+                bar.set_postfix(loss=f"{figures['loss']:.3f}", scale=f"{figures['logit_scale']:.1f}", refresh=False)
+                if self.step % self.steps_per_epoch == 0:
+                    seconds, began = time.perf_counter() - began, time.perf_counter()
+                    if self.end_epoch(log, float(np.mean(losses)), seconds, last=self.step == total):
+                        note(f"stopped early: no better dev recall in {self.settings.patience} looks")
+                        break
+                    losses = []
+            if stop():
+                finished = False
+                self.save_last()
+                note(f"stopped at step {self.step} of {total}; go on with: clipmatch train --resume --out {self.out}")
+        if self.best is None:
+            self.look_at_dev()
+        assert self.best is not None
+        return Result(self.out / "best", self.best, self.history, unique(self.failures), finished)
+
+    def take_step(self, batches: Iterator[Batch], total: int) -> dict[str, Any]:
+        """One optimiser step over `accumulate` batches -> its figures."""
+        settings, began = self.settings, time.perf_counter()
+        # Dropout's randomness is a function of the step: a resumed run repeats it.
+        torch.manual_seed(settings.seed * 1_000_003 + self.step)
+        rate = rate_at(self.step, total, settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        left = self.batches - (self.step % self.steps_per_epoch) * settings.accumulate
+        count = min(settings.accumulate, left)  # the last step of an epoch may have fewer
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, pairs = 0.0, 0
+        for _ in range(count):
+            batch = next(batches)
+            self.failures += batch.failures
+            if len(batch.image_ids) < 2:
+                continue  # nearly every picture of the batch is unreadable: there is nothing to tell apart
+            loss = self.loss_of(batch)
+            self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.item() / count
+            pairs += len(batch.image_ids)
+        if not math.isfinite(loss_sum):
+            raise ClipmatchError(self.why_not_finite(loss_sum))
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return {
+            "kind": "step",
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "loss": loss_sum,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "logit_scale": float(self.model.logit_scale.detach()),
+            "pairs_per_second": pairs / (time.perf_counter() - began),
+        }
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Forward pass of one batch -> loss."""
+        with self.autocast():
+            images = self.train_images.encode(self.model, batch.images.to(self.device))
+            texts = self.train_texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
+        # float32 outside autocast: logits of up to 100 lose their order in bfloat16
+        return contrastive_loss(images, texts, self.model.logit_scale, batch.image_ids.to(self.device))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products run in the chosen precision."""
+        dtype = self.precision.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def why_not_finite(self, loss: float) -> str:
+        """The sentence for a loss that is no number: the step and the likely cause."""
+        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        where = f"the weights of {broken[0]} had overflowed before it" if broken else "the weights were still finite"
+        cause = "halve the learning rates" if self.precision.dtype is None else (
+            "halve the learning rates, or train with --precision float32"
+        )  # fmt: skip
+        return f"The loss is {loss} at step {self.step + 1}; {where}. Likely too large a step: {cause}."
+
+    # Dev, checkpoints
+
+    def end_epoch(self, log: RunLog, train_loss: float, seconds: float, last: bool) -> bool:
+        """Measure on dev when it is due, save, log -> whether to stop early."""
+        epoch = self.step // self.steps_per_epoch
+        row: dict[str, Any] = {"kind": "epoch", "epoch": epoch - 1, "step": self.step, "train_loss": train_loss}
+        row["seconds"] = seconds
+        due = last or epoch % self.settings.evaluate_every == 0
+        if due:
+            row["dev"] = self.look_at_dev()
+        log.epoch(row)
+        if due:
+            self.save_last()
+        patience = self.settings.patience
+        return patience is not None and self.looks_since_best >= patience
+
+    def look_at_dev(self) -> dict[str, Any]:
+        """Recall on dev; a better one than ever is saved as best/."""
+        figures = self.measure_dev()
+        note(dev_line(figures, self.step))
+        if self.best is None or score(figures) > score(self.best):
+            self.best, self.looks_since_best = figures, 0
+            self.save("best", None)
+        else:
+            self.looks_since_best += 1
+        return figures
+
+    @torch.inference_mode()
+    def measure_dev(self) -> dict[str, Any]:
+        """Embed dev, unaugmented and without dropout -> figures both ways."""
+        self.model.eval()
+        rows = self.splits.dev
+        images, kept = [], []
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            items = list(range(start, min(start + EVALUATION_BATCH, len(rows))))
+            pixels, used, failures = self.dev_images.fetch(items, PLAIN)
+            self.failures += failures
+            kept += used
+            if any(used):
+                with self.autocast():
+                    images.append(self.dev_images.encode(self.model, pixels.to(self.device)).cpu())
+        counts = [len(row.captions) for row in rows]
+        owners = np.repeat(np.arange(len(rows)), counts)
+        captions = np.flatnonzero(np.asarray(kept)[owners])
+        texts = []
+        for start in range(0, len(captions), EVALUATION_BATCH * 2):
+            batch = self.dev_texts.fetch(captions[start : start + EVALUATION_BATCH * 2].tolist())
+            with self.autocast():
+                texts.append(self.dev_texts.encode(self.model, tuple(v.to(self.device) for v in batch)).cpu())
+        self.model.train()
+        if not images:
+            raise ClipmatchError("None of the dev pictures can be read; check the image folder.")
+        place = np.cumsum(kept) - 1  # number of a picture among those that could be read
+        return measure(torch.cat(images).numpy(), torch.cat(texts).numpy(), place[owners[captions]], bootstrap=False)
+
+    def save_last(self) -> None:
+        """Everything that a resumed run needs."""
+        tensors, numbers = pack_optimizer(self.optimizer)
+        state = {
+            "step": self.step,
+            "total": self.steps_per_epoch * self.settings.epochs,
+            "best": self.best,
+            "looks_since_best": self.looks_since_best,
+            "history": len(self.history),
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict(),
+        }
+        self.save("last", {OPTIMIZER: tensors, STATE: state})
+
+    def save(self, name: str, extra: dict[str, Any] | None) -> None:
+        """Write best/ or last/ as a model folder."""
+        about = {
+            **self.checkpoint.about,
+            "trained_on": {
+                "pictures": len(self.splits.train),
+                "split_hash": content_hash(self.splits.train),
+                "dev_split_hash": content_hash(self.splits.dev),
+            },
+            "training": {**to_json(self.settings), "out": None},  # a path of one machine
+            "step": self.step,
+            "dev": self.best,
+        }
+        save_checkpoint(replace(self.checkpoint, about=about), self.out / name, extra)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `save_last` was called."""
+        from safetensors.torch import load_file
+
+        folder = find_folder(self.out / "last")
+        unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.looks_since_best = state["looks_since_best"]
+        self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew
+        note(f"resumed at step {self.step}")
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Any]:
+        """The progress bar, with throughput and ETA."""
+        with tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.progress) as bar:
+            yield bar
+
+
+# Parts that are functions of their arguments
+
+
+def refuse_frozen_random(checkpoint: Checkpoint, settings: TrainConfig) -> None:
+    """Heads on a frozen random tower learn next to nothing: say so instead."""
+    config = checkpoint.model.config
+    if checkpoint.fingerprint:
+        return  # loaded from a model folder: trained before
+    for kind, tower, tune in (
+        ("image", config.image_tower, settings.tune_image),
+        ("text", config.text_tower, settings.tune_text),
+    ):
+        if isinstance(tower, dict) and tune != "all":
+            raise ClipmatchError(f"The {kind} tower has no pretrained weights; train it whole (tune_{kind}='all').")
+
+
+def score(figures: dict[str, Any]) -> float:
+    """What "best" means: the sum of the text-to-image recalls, steadier than R@1 alone."""
+    return float(sum(figures["text_to_image"][f"recall@{k}"] for k in (1, 5, 10)))
+
+
+def dev_line(figures: dict[str, Any], step: int) -> str:
+    """One line of dev figures."""
+    parts = []
+    for direction, label in (("text_to_image", "text->image"), ("image_to_text", "image->text")):
+        recalls = "/".join(f"{100 * figures[direction][f'recall@{k}']:.1f}" for k in (1, 5, 10))
+        parts.append(f"{label} R@1/5/10 {recalls}")
+    return f"step {step}: dev " + ", ".join(parts)
+
+
+def unique(failures: list[Failure]) -> list[Failure]:
+    """Each failed file once, in order."""
+    return list({failure.path: failure for failure in failures}.values())
+
+
+def itself(value: Any) -> Any:
+    """Batches come ready from the dataset: nothing to collate."""
+    return value
