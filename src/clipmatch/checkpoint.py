@@ -14,6 +14,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,14 @@ from safetensors.torch import load_file, save_file
 
 from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import CLIPModel, Tower, quiet_transformers, unreachable
+from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
+from clipmatch.model import CLIPModel, Tower
 from clipmatch.preprocess import Tokenizer, Transform
 
 SCHEMA = 1
+FORMAT = "clipmatch"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,11 @@ class Checkpoint:
     tokenizer: Tokenizer
     transform: Transform
     about: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
+    fingerprint: str = ""  # of the folder that it was read from; a new model has none
+
+    def __post_init__(self) -> None:
+        # So that the model alone can be saved again: `CLIPModel.from_pretrained(a).save_pretrained(b)`.
+        self.model.tokenizer, self.model.transform, self.model.about = self.tokenizer, self.transform, self.about
 
 
 def create_checkpoint(config: ModelConfig, tokenizer: Tokenizer | None = None, **preprocess: Any) -> Checkpoint:
@@ -58,15 +68,20 @@ def create_checkpoint(config: ModelConfig, tokenizer: Tokenizer | None = None, *
 
 
 def load_tokenizer(tower: str) -> Tokenizer:
-    """The tokenizer of a hub name or local folder."""
+    """The tokenizer of a hub name or local folder. Raises ClipmatchError when there is none."""
     from transformers import AutoTokenizer
 
-    source = str(Path(tower).expanduser()) if Path(tower).expanduser().is_dir() else tower
+    source = local_or_name(tower)
+    local = source != tower or looks_local(tower) or offline()
     try:
         with quiet_transformers():
-            fast = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ClipmatchError(unreachable(tower)) from error
+            fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        if set(fast.get_vocab()) <= set(fast.all_special_tokens):  # what transformers makes up if there are no files
+            raise ValueError("no words")
+    except Exception as error:  # a damaged tokenizer.json raises bare Exception
+        if Path(source).is_dir():
+            raise ClipmatchError(f"The folder {source} holds no tokenizer that can be read; copy one there.") from error
+        raise hub_error(tower, error) from error
     backend = getattr(fast, "backend_tokenizer", None)
     if backend is None:
         raise ClipmatchError(f"The tokenizer of {tower!r} has no tokenizer.json form; choose another text tower.")
@@ -80,16 +95,27 @@ def load_preprocessing(tower: Tower) -> PreprocessConfig:
     """
     if isinstance(tower, dict):
         return PreprocessConfig(size=int(tower.get("image_size", 224)))
-    path = Path(tower).expanduser() / "preprocessor_config.json"
-    if not Path(tower).expanduser().is_dir():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    folder = Path(tower).expanduser()
+    path = folder / PREPROCESSING if folder.is_dir() else hub_file(tower, PREPROCESSING)
+    if path is None or not path.exists():
+        return PreprocessConfig()
+    try:
+        return parse_preprocessing(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ClipmatchError(f"The file {path} can't be used ({error}); mend or delete it.") from error
 
-        try:
-            path = Path(hf_hub_download(tower, "preprocessor_config.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise ClipmatchError(unreachable(tower)) from error
-    return parse_preprocessing(json.loads(path.read_text())) if path.exists() else PreprocessConfig()
+
+def hub_file(repo_id: str, name: str) -> Path | None:
+    """A file of a hub repository -> its local copy; None if the repository has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, name, local_files_only=offline()))
+    except RemoteEntryNotFoundError:
+        return None
+    except (OSError, ValueError, LocalEntryNotFoundError) as error:
+        raise hub_error(repo_id, error) from error
 
 
 def parse_preprocessing(values: dict[str, Any]) -> PreprocessConfig:
@@ -98,11 +124,12 @@ def parse_preprocessing(values: dict[str, Any]) -> PreprocessConfig:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
     default = PreprocessConfig()
+    plain = values.get("do_normalize") is False
     return PreprocessConfig(
         size=int(size or default.size),
-        mean=tuple(values.get("image_mean") or default.mean),
-        std=tuple(values.get("image_std") or default.std),
-        resample={1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(int(values.get("resample", 2)), "bilinear"),
+        mean=(0, 0, 0) if plain else tuple(values.get("image_mean") or default.mean),
+        std=(1, 1, 1) if plain else tuple(values.get("image_std") or default.std),
+        resample={1: "lanczos", 3: "bicubic"}.get(values.get("resample", 2), "bilinear"),
         fit="crop" if values.get("do_center_crop") else "stretch",
     )
 
@@ -111,8 +138,11 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
     """Write the model folder in one step: readers see the old folder or the new one. Returns the fingerprint.
 
     extra: further files for the folder, name -> dict of tensors (safetensors) or JSON value.
+    Raises ClipmatchError when the folder can't be written or holds files of anything but an earlier save.
     """
-    folder = Path(folder)
+    extra = extra or {}
+    folder = Path(folder).expanduser().resolve()
+    refuse_foreign(folder, {CONFIG, WEIGHTS, TOKENIZER, *extra})
     with atomic_folder(folder) as draft:
         tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()}
         save_file(tensors, draft / WEIGHTS)
@@ -122,14 +152,14 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
         fingerprint = fingerprint_of(draft / WEIGHTS, draft / TOKENIZER, architecture, preprocess)
         values = {
             "schema": SCHEMA,
-            "format": "clipmatch",
+            "format": FORMAT,
             "model": architecture,
             "preprocess": preprocess,
             "about": checkpoint.about,
             "fingerprint": fingerprint,
         }
         write_json(draft / CONFIG, values)
-        for name, value in (extra or {}).items():
+        for name, value in extra.items():
             if name.endswith(".safetensors"):
                 save_file(value, draft / name)
             else:
@@ -137,9 +167,39 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
     return fingerprint
 
 
-def save_model(model: CLIPModel, folder: str | Path, tokenizer: Tokenizer, transform: Transform, **about: Any) -> str:
-    """Write a model folder from its parts; `about` lands in config.json. Returns the fingerprint."""
-    return save_checkpoint(Checkpoint(model, tokenizer, transform, about), folder)
+def refuse_foreign(folder: Path, names: set[str]) -> None:
+    """Raise ClipmatchError for a folder that holds more than a saved model: saving replaces it as a whole."""
+    if not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()}
+    foreign = sorted(found - names)
+    if not foreign and found:
+        try:
+            read_config(folder)
+        except ClipmatchError:
+            foreign = [CONFIG]
+    if foreign:
+        raise ClipmatchError(f"{folder} holds other files ({', '.join(foreign[:3])}); save to a new or empty folder.")
+
+
+def save_model(
+    model: CLIPModel,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    transform: Transform | None = None,
+    **about: Any,
+) -> str:
+    """Write a model folder from its parts, by default those that the model came with. Returns the fingerprint.
+
+    about: goes into the free part of config.json, over what the model came with.
+    """
+    tokenizer, transform = tokenizer or model.tokenizer, transform or model.transform
+    if tokenizer is None or transform is None:
+        raise ClipmatchError(
+            "This model was not loaded from a folder and so has no tokenizer or transform; pass both as tokenizer= and "
+            "transform= (those that it was trained with)."
+        )
+    return save_checkpoint(Checkpoint(model, tokenizer, transform, {**model.about, **about}), folder)
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -150,39 +210,50 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = find_folder(folder)
     values = read_config(folder)
     try:
-        model = CLIPModel(from_json(ModelConfig, values["model"]))
+        model = CLIPModel(model_config(values["model"]))
         model.load_state_dict(load_file(folder / WEIGHTS))
         tokenizer = Tokenizer.from_file(folder / TOKENIZER)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        transform = Transform(from_json(PreprocessConfig, values["preprocess"]))
+    except (ClipmatchError, OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
         raise ClipmatchError(f"The model folder {folder} is damaged ({reason}); copy or train it again.") from error
-    transform = Transform(from_json(PreprocessConfig, values["preprocess"]))
     return Checkpoint(model.eval(), tokenizer, transform, values.get("about", {}), values["fingerprint"])
 
 
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The "model" part of config.json, whose towers must be configs: a name would be looked for on the hub."""
+    config = from_json(ModelConfig, values)
+    if not (isinstance(config.image_tower, dict) and isinstance(config.text_tower, dict)):
+        raise ValueError(f"{CONFIG} does not describe its towers")
+    return config
+
+
 def find_folder(folder: str | Path) -> Path:
-    """The local folder that holds the model: itself, its `best` (a training run), or the hub's copy of it."""
+    """The local folder that holds the model: itself, its `best` (a training run), or the hub's copy of it.
+
+    NAME.old is what a save that was cut off in its last moment leaves behind.
+    """
     path = Path(folder).expanduser()
-    for candidate in (path, path / "best", path.with_name(path.name + ".old")):
+    old = path.absolute().parent / (path.absolute().name + ".old")
+    for candidate in (path, path / "best", path / "best.old", old):
         if (candidate / CONFIG).is_file():
             return candidate
     name = str(folder)
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if not path.exists() and name.count("/") == 1 and not looks_local(name):
         return download(name)
-    why = "has no config.json" if path.is_dir() else "does not exist"
-    raise ClipmatchError(f"The model folder {path} {why}; train one with: clipmatch train --out {path}")
+    if path.is_dir():
+        raise ClipmatchError(f"{path} is no model folder (it has no {CONFIG}); name one that clipmatch train made.")
+    raise ClipmatchError(f"The model folder {path} does not exist; train one with: clipmatch train --out {path}")
 
 
 def download(repo_id: str) -> Path:
     """A hub repository of a clipmatch model folder -> its local copy."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ClipmatchError(f"No folder {repo_id!r} here, and {unreachable(repo_id)[0].lower()}"
-                             f"{unreachable(repo_id)[1:]}") from error  # fmt: skip
+        folder = snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER], local_files_only=offline())
+    except (OSError, ValueError) as error:
+        raise ClipmatchError(f"There is no folder {repo_id} here. {hub_error(repo_id, error)}") from error
     return Path(folder)
 
 
@@ -192,7 +263,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ClipmatchError(f"The file {folder / CONFIG} can't be read ({error}); copy the model again.") from error
-    if not isinstance(values, dict) or values.get("format") != "clipmatch":
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ClipmatchError(f"{folder} is no clipmatch model folder (its config.json is of another program).")
     if values.get("schema", 0) > SCHEMA:
         raise ClipmatchError(
@@ -204,13 +275,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path, **kwargs: Any) -> str:
-    """Upload the model folder to the Hugging Face hub (keywords: `token`, `private`, ...) -> address of the commit."""
+def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path | None = None, **kwargs: Any) -> str:
+    """Upload a model to the Hugging Face hub -> address of the commit.
+
+    folder: an already saved model folder to upload; by default the model is saved for it. kwargs: `token`, `private`,
+    and those of `HfApi.upload_folder`. Raises ClipmatchError when the hub can't be reached or refuses.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=kwargs.pop("token", None))
-    api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(find_folder(folder)), **kwargs))
+    with tempfile.TemporaryDirectory() as draft:
+        if folder is None:
+            save_model(model, draft)
+        source = str(find_folder(folder or draft))
+        api = HfApi(token=kwargs.pop("token", None))
+        try:
+            api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=source, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER], **kwargs
+                )
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ClipmatchError(
+                f"The hub did not take the model {repo_id!r} ({reason}); check the name and log in by: hf auth login"
+            ) from error
 
 
 def fingerprint_of(weights: Path, tokenizer: Path, architecture: dict[str, Any], preprocess: dict[str, Any]) -> str:
@@ -224,40 +313,37 @@ def fingerprint_of(weights: Path, tokenizer: Path, architecture: dict[str, Any],
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that a person can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-class atomic_folder:
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Context: fill a draft folder, which then takes the place of `folder`; on an error nothing changes.
 
     A folder can't be replaced in one system call everywhere, so the old one steps aside as NAME.old for a moment;
-    `find_folder` looks there if a crash falls into that moment.
+    `find_folder` looks there if a crash falls into that moment. Raises ClipmatchError when it can't be written.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.draft = folder.with_name(folder.name + ".draft")
-        self.old = folder.with_name(folder.name + ".old")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.draft, ignore_errors=True)
-        try:
-            self.draft.mkdir(parents=True)
-        except OSError as error:
-            raise ClipmatchError(
-                f"The folder {self.folder} can't be written ({error.strerror}); choose another."
-            ) from error
-        return self.draft
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.draft, ignore_errors=True)
-            return
-        for path in self.draft.iterdir():  # on disk before the switch, or a power cut leaves an empty file
+    draft, old = (folder.with_name(folder.name + suffix) for suffix in (".draft", ".old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for path in draft.iterdir():  # on disk before the switch, or a power cut leaves an empty file
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        shutil.rmtree(self.old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(self.old)
-        self.draft.rename(self.folder)
-        shutil.rmtree(self.old, ignore_errors=True)
+        replace_folder(folder, draft, old)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClipmatchError(f"The folder {folder} can't be written ({reason}); choose another.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(folder: Path, draft: Path, old: Path) -> None:
+    """Put `draft` in the place of `folder`; at every moment a whole model lies in `folder` or in `old`."""
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,9 @@ exit status 1.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -25,6 +27,10 @@ Command = Callable[..., Any]
 class OneSentence(click.Group):
     """A group whose commands end with one sentence, never a traceback, on problems that the user can mend."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use, which is that of the definitions."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, translating errors."""
         try:
@@ -38,14 +44,19 @@ class OneSentence(click.Group):
 
             raise click.ClickException(str(missing_training_extra(error))) from error
         except BrokenPipeError:  # the reader of our output (head, less) has gone
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains
             ctx.exit(0)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+        except OSError as error:  # an output file that can't be written, a full disk
+            raise click.ClickException(f"{error.filename or 'Output'}: {error.strerror or error}") from error
 
 
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="clipmatch")
 def main() -> None:
-    r"""Match text to images.
+    """Match text to images.
 
     \b
     See it work, offline, in four minutes:
@@ -54,7 +65,9 @@ def main() -> None:
         clipmatch train --captions captions.txt --images Images --out runs/mine
         clipmatch evaluate --model runs/mine --captions captions.txt --images Images
         clipmatch find "two dogs in the snow" --model runs/mine --images ~/Pictures
-    """
+    """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def data_options(command: Command) -> Command:
@@ -73,7 +86,9 @@ def device_options(command: Command) -> Command:
     """Options that say where to compute."""
     precisions = click.Choice(["float32", "bfloat16", "float16"])
     for option in (
-        click.option("--precision", type=precisions, help="Number type; the reason of the default is printed."),
+        click.option(
+            "--precision", type=precisions, help="Number type; by default float32, to train the fastest safe one."
+        ),
         click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given."),
     ):
         command = option(command)
@@ -84,7 +99,7 @@ def device_options(command: Command) -> Command:
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder for all that it makes.")
 @click.option("--seed", default=0, show_default=True, help="Of the pictures and the training.")
 def demo(out: str, seed: int) -> None:
-    """Train a small CLIP from nothing on drawn scenes, in minutes, offline.
+    """Train a small CLIP from nothing on drawn scenes, offline.
 
     Draws 8,500 captioned pictures, trains a ViT and a DistilBERT from scratch, measures them on 500 held-out scenes,
     answers a few queries and writes DIR/report.html. Interrupted, it goes on where it was.
@@ -160,8 +175,20 @@ def train_options(command: Command) -> Command:
 @click.option("--model", metavar="DIR", help="Go on from this model folder instead of new heads on two towers.")
 @click.option("--image-tower", default=ModelConfig.image_tower, show_default=True, help="Hub name or local folder.")
 @click.option("--text-tower", default=ModelConfig.text_tower, show_default=True, help="Hub name or local folder.")
-@click.option("--image-pooling", default="cls", show_default=True, type=click.Choice(["cls", "mean", "cls+mean"]))
-@click.option("--text-pooling", default="cls", show_default=True, type=click.Choice(["cls", "mean"]))
+@click.option(
+    "--image-pooling",
+    default="cls",
+    show_default=True,
+    type=click.Choice(["cls", "mean", "cls+mean"]),
+    help="What stands for the picture: class token, mean of the patches, both.",
+)
+@click.option(
+    "--text-pooling",
+    default="cls",
+    show_default=True,
+    type=click.Choice(["cls", "mean"]),
+    help="What stands for the caption: first token, mean of all.",
+)
 @click.option("--max-length", default=ModelConfig.max_length, show_default=True, help="Tokens of a caption at most.")
 @click.option("--dropout", default=ModelConfig.dropout, show_default=True, help="In the projection heads.")
 @train_options
@@ -216,7 +243,10 @@ def evaluate(
     device: str | None,
     precision: str | None,
 ) -> None:
-    """Measure recall@k, both ways, with chance level and confidence interval."""
+    """Measure recall@k, with chance level and confidence interval.
+
+    Both ways: captions that find their picture, pictures that find one of their captions.
+    """
     from clipmatch import evaluation
     from clipmatch.checkpoint import write_json
     from clipmatch.data import load_captions, select_split
@@ -229,17 +259,14 @@ def evaluate(
     figures = result.to_json()
     figures["model"]["path"] = model
     report_failures(result.failures)
+    click.echo(json.dumps(figures, indent=2) if json_file == "-" else recall_table(figures))
+    if json_file and json_file != "-":
+        write_json(Path(json_file), figures)
     if html:
         from clipmatch.report import write_evaluation_card
         from clipmatch.runlog import read_history
 
         write_evaluation_card(result, Path(html), history=read_history(model) or None)
-    if json_file == "-":
-        click.echo(json.dumps(figures, indent=2))
-        return
-    if json_file:
-        write_json(Path(json_file), figures)
-    click.echo(recall_table(figures))
 
 
 def recall_table(figures: dict[str, Any]) -> str:
@@ -262,7 +289,7 @@ def recall_table(figures: dict[str, Any]) -> str:
 @click.option("--images", required=True, metavar="DIR", help="Folder of photographs, searched with its subfolders.")
 @click.option("-k", "--top-k", default=9, show_default=True, help="How many matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of path and score.")
-@click.option("--paths", is_flag=True, help="Print paths alone, one a line.")
+@click.option("--paths", is_flag=True, help="Print paths alone, one a line, byte for byte.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
 def find(query: str, model: str, images: str, top_k: int, as_json: bool, paths: bool, device: str | None) -> None:
     """Find the photographs that match QUERY, best first.
@@ -278,19 +305,24 @@ def find(query: str, model: str, images: str, top_k: int, as_json: bool, paths: 
         click.echo(json.dumps([{"path": str(match.path), "score": match.score} for match in matches], indent=2))
     elif paths:
         for match in matches:
-            click.echo(str(match.path))
+            click.echo(os.fsencode(match.path))
     else:
         click.echo("rank  score  path")
         for rank, match in enumerate(matches, 1):
-            click.echo(f"{rank:4d}  {match.score:5.3f}  {match.path}")
+            click.echo(f"{rank:4d}  {match.score:5.3f}  {printable(match.path)}")
 
 
 def report_failures(failures: Any) -> None:
     """Files that could not be used, by path and reason, on stderr."""
     if failures:
-        click.echo(f"{len(failures)} images could not be read:", err=True)
+        click.echo(f"{len(failures)} image{'s' * (len(failures) > 1)} could not be read:", err=True)
     for failure in failures:
-        click.echo(f"  {failure.path}: {failure.reason}", err=True)
+        click.echo(f"  {printable(failure.path)}: {failure.reason}", err=True)
+
+
+def printable(path: Any) -> str:
+    """A path on one line: line breaks, control characters and stray bytes of a name as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 if __name__ == "__main__":

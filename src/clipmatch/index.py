@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
+from tqdm import tqdm
 
 from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
 from clipmatch.errors import ClipmatchError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"))
 SCHEMA = 1
-CHUNK = 512  # files between two commits: what an interruption can cost
+CHUNK = 256  # files between two commits: what an interruption can cost
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -36,7 +37,7 @@ def list_images(folder: str | Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise ClipmatchError(f"The image folder {root} does not exist; check --images.")
+        raise ClipmatchError(f"The image folder {root} does not exist; check its name.")
     found = []
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -58,12 +59,15 @@ def embed_remembered(embedder: Embedder, paths: Sequence[Path], progress: bool =
         known = recall(store, embedder.fingerprint, stamps)
         new = [path for path in paths if path not in known]
         failures: list[Failure] = []
-        for start in range(0, len(new), CHUNK):
-            done = embedder.embed_images(new[start : start + CHUNK], progress=progress)
-            failures += done.failures
-            fresh = dict(zip(done.paths, done.rows, strict=True))
-            remember(store, embedder.fingerprint, stamps, fresh)
-            known.update(fresh)
+        with tqdm(total=len(new), desc="images", unit="img", disable=not progress or len(new) < CHUNK) as bar:
+            for start in range(0, len(new), CHUNK):
+                chunk = new[start : start + CHUNK]
+                done = embedder.embed_images(chunk, progress=progress and len(new) < CHUNK)
+                failures += done.failures
+                fresh = dict(zip(done.paths, done.rows, strict=True))
+                remember(store, embedder.fingerprint, stamps, fresh)
+                known.update(fresh)
+                bar.update(len(chunk))
     good = [path for path in paths if path in known]
     rows = np.stack([known[path] for path in good]) if good else np.zeros((0, embedder.dim), np.float32)
     return ImageEmbeddings(rows, good, failures)
@@ -73,7 +77,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
     """(size, modification time in ns); (-1, -1) for a file that can't be looked at."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return (-1, -1)
     return (status.st_size, status.st_mtime_ns)
 
@@ -85,27 +89,31 @@ def store_path() -> Path:
 
 @contextmanager
 def open_store() -> Iterator[sqlite3.Connection]:
-    """The store, made if need be. Raises ClipmatchError when it can't be opened or comes from a newer version."""
+    """The store, made if need be. Raises ClipmatchError when it can't be used or comes from a newer version."""
     path = store_path()
+    mend = "delete it, or set CLIPMATCH_CACHE to another folder."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store = sqlite3.connect(path, timeout=30)
-        store.execute("PRAGMA journal_mode=WAL")
-        version = store.execute("PRAGMA user_version").fetchone()[0]
-    except (OSError, sqlite3.Error) as error:
-        raise ClipmatchError(
-            f"The vector cache {path} can't be opened ({error}); delete it, or set CLIPMATCH_CACHE to another folder."
-        ) from error
-    if version > SCHEMA:
-        store.close()
+    except OSError as error:
+        raise ClipmatchError(f"The cache folder {path.parent} can't be made ({error.strerror}); {mend}") from error
+    try:
+        with closing(sqlite3.connect(path, timeout=30)) as store:
+            prepare(store, path)
+            yield store
+    except sqlite3.Error as error:
+        raise ClipmatchError(f"The vector cache {path} can't be used ({error}); {mend}") from error
+
+
+def prepare(store: sqlite3.Connection, path: Path) -> None:
+    """Check the version, make the table."""
+    store.execute("PRAGMA journal_mode=WAL")
+    if store.execute("PRAGMA user_version").fetchone()[0] > SCHEMA:
         raise ClipmatchError(f"The vector cache {path} is from a newer clipmatch; upgrade, or delete that file.")
-    with closing(store):
-        store.execute(
-            "CREATE TABLE IF NOT EXISTS vectors (model TEXT, path TEXT, size INTEGER, mtime INTEGER, row BLOB,"
-            " PRIMARY KEY (model, path)) WITHOUT ROWID"
-        )
-        store.execute(f"PRAGMA user_version={SCHEMA}")
-        yield store
+    store.execute(
+        "CREATE TABLE IF NOT EXISTS vectors (model TEXT, path TEXT, size INTEGER, mtime INTEGER, row BLOB,"
+        " PRIMARY KEY (model, path)) WITHOUT ROWID"
+    )
+    store.execute(f"PRAGMA user_version={SCHEMA}")
 
 
 def key_of(path: Path) -> str:

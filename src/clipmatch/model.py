@@ -7,17 +7,18 @@ Letters: b batch, t tokens, h tower width, d embedding width (256).
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clipmatch.config import DEFAULT_IMAGE_TOWER, DEFAULT_TEXT_TOWER, ModelConfig
 from clipmatch.errors import ClipmatchError
+from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
+from clipmatch.preprocess import Tokenizer, Transform
 
 Tower: TypeAlias = str | dict[str, Any]  # a hub name or local folder with weights, or a Hugging Face config without
 
@@ -25,25 +26,53 @@ Tower: TypeAlias = str | dict[str, Any]  # a hub name or local folder with weigh
 def build_backbone(tower: Tower) -> nn.Module:
     """A Hugging Face backbone with a `last_hidden_state`: pretrained from a folder or the hub, or from a config.
 
-    Raises ClipmatchError when the folder or the hub name can't be loaded.
+    Weights come from safetensors files only, in float32; no code of a hub repository is run. Raises ClipmatchError when
+    the folder or the hub name can't be loaded or the config builds no plain encoder.
     """
+    with quiet_transformers():
+        return backbone_from_config(tower) if isinstance(tower, dict) else pretrained_backbone(tower)
+
+
+def backbone_from_config(tower: dict[str, Any]) -> nn.Module:
+    """A backbone with random weights."""
     from transformers import AutoConfig, AutoModel
 
-    with quiet_transformers():
-        if isinstance(tower, dict):
-            if "model_type" not in tower:
-                raise ClipmatchError('A tower given as a config needs its "model_type", for example "vit".')
-            values = {key: value for key, value in tower.items() if key != "model_type"}
-            config = AutoConfig.for_model(tower["model_type"], **values)
-            model: nn.Module = AutoModel.from_config(config, **without_pooler(config))
-        else:
-            source = str(Path(tower).expanduser()) if Path(tower).expanduser().is_dir() else tower
-            try:
-                config = AutoConfig.from_pretrained(source)
-                model = AutoModel.from_pretrained(source, **without_pooler(config))
-            except (OSError, ValueError) as error:
-                raise ClipmatchError(unreachable(tower)) from error
+    if "model_type" not in tower:
+        raise ClipmatchError('A tower given as a config needs its "model_type", for example "vit".')
+    values = {key: value for key, value in tower.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(tower["model_type"], **values)
+    except Exception as error:  # unknown type: ValueError; a value of the wrong kind: a family of transformers' own
+        reason = " ".join(str(error).split())[:200]
+        raise ClipmatchError(f"The tower config of type {tower['model_type']!r} is wrong: {reason}") from error
+    require_encoder(config, str(tower["model_type"]))
+    model: nn.Module = AutoModel.from_config(
+        config, dtype=torch.float32, trust_remote_code=False, **without_pooler(config)
+    )
     return model
+
+
+def pretrained_backbone(tower: str) -> nn.Module:
+    """A backbone with the weights of a local folder or hub name."""
+    from transformers import AutoConfig, AutoModel
+
+    source = local_or_name(tower)
+    options = {"trust_remote_code": False, "local_files_only": source != tower or looks_local(tower) or offline()}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        require_encoder(config, tower)
+        model: nn.Module = AutoModel.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, **without_pooler(config), **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise hub_error(tower, error) from error
+    return model
+
+
+def require_encoder(config: Any, name: str) -> None:
+    """Raise ClipmatchError for models of two towers, such as CLIP or T5: they have no single last_hidden_state."""
+    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+        raise ClipmatchError(f"The tower {name!r} is more than one encoder; name a plain vision or text encoder.")
 
 
 def without_pooler(config: Any) -> dict[str, bool]:
@@ -52,37 +81,11 @@ def without_pooler(config: Any) -> dict[str, bool]:
 
     from transformers import AutoModel
 
+    if type(config) not in AutoModel._model_mapping:
+        raise ClipmatchError(f"The tower type {config.model_type!r} has no plain encoder; choose another.")
     kind = AutoModel._model_mapping[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
-
-
-def unreachable(tower: str) -> str:
-    """The sentence for a tower or tokenizer that can't be had."""
-    if tower.startswith((".", "/", "~")) or "\\" in tower or Path(tower).exists():
-        return f"{tower!r} holds no Hugging Face model (config.json and model.safetensors); name another folder."
-    return (
-        f"The hub model {tower!r} can't be reached and is not in the local cache; connect to the network, "
-        "or name a local model folder instead."
-    )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Any:
-    """Loading bars and advice about unused weights say nothing that a person can act on here."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def hidden_width(backbone: nn.Module) -> int:
@@ -91,16 +94,39 @@ def hidden_width(backbone: nn.Module) -> int:
     for name in ("hidden_size", "dim", "d_model"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
-    if getattr(config, "hidden_sizes", None):  # convolutional backbones list one width a stage
-        return int(config.hidden_sizes[-1])
+    if getattr(backbone, "main_input_name", None) == "pixel_values":
+        return measured_width(backbone)
     raise ClipmatchError(f"{type(backbone).__name__} does not say how wide its hidden states are.")
+
+
+def measured_width(backbone: nn.Module) -> int:
+    """The width by a look at one black picture: convolutional configs list stages, and not always the last layer."""
+    size = getattr(backbone.config, "image_size", None)
+    side = size if isinstance(size, int) else 224
+    was_training = backbone.training
+    with torch.no_grad():
+        width = last_hidden_state(backbone.eval()(pixel_values=torch.zeros(1, 3, side, side)), backbone).shape[-1]
+    backbone.train(was_training)
+    return width
+
+
+def leading_tokens(backbone: nn.Module) -> int:
+    """How many hidden states come before those of the patches: class, distillation and register tokens."""
+    embeddings: Any = getattr(backbone, "embeddings", None)
+    names = ("cls_token", "class_embedding", "distillation_token")
+    named = sum(getattr(embeddings, name, None) is not None for name in names)
+    return named + int(getattr(backbone.config, "num_register_tokens", 0))
+
+
+# Of the checkpoint that a tower came from: it decides nothing here, and ImageNet's labels alone are 60 kB.
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 
 
 def tower_config(backbone: nn.Module) -> dict[str, Any]:
     """The Hugging Face config that builds this backbone again, as a dict."""
     config: Any = backbone.config
     values: dict[str, Any] = config.to_dict()
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
+    return {key: value for key, value in values.items() if key not in NOT_ARCHITECTURE}
 
 
 def blocks_of(backbone: nn.Module) -> nn.ModuleList:
@@ -141,9 +167,7 @@ class ImageEncoder(nn.Module):
         """Hidden states [b, t, h] -> [b, h] or [b, 2 h]."""
         if self.pooling == "cls":
             return hidden[:, 0]
-        # Towers without a class token (feature maps) average over everything.
-        has_class_token = hasattr(getattr(self.backbone, "embeddings", None), "cls_token")
-        mean = hidden[:, int(has_class_token) :].mean(dim=1)
+        mean = hidden[:, leading_tokens(self.backbone) :].mean(dim=1)
         return mean if self.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=1)
 
     def hidden_before(self, pixel_values: Tensor, last: int) -> Tensor:
@@ -165,8 +189,9 @@ class ImageEncoder(nn.Module):
 
     @property
     def splittable(self) -> bool:
-        """Whether `hidden_before` and `features_from` know this backbone's parts: ViT and those built like it."""
-        return all(hasattr(self.backbone, part) for part in ("embeddings", "layers", "layernorm"))
+        """Whether `hidden_before` and `features_from` know how this backbone is put together: ViT and its copies."""
+        config: Any = self.backbone.config
+        return config.model_type in ("vit", "deit", "vit_msn")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] -> [b, d]."""
@@ -177,7 +202,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A text backbone and a linear layer: token ids and mask [b, t] -> [b, d], not yet projected or normalised.
 
-    tower: as for `ImageEncoder`. pooling: "cls" takes the first token, "mean" the average of the unpadded tokens.
+    tower: as for `ImageEncoder`. pooling: "cls" takes the first token, "mean" the average of the unpadded tokens; in a
+    causal tower (CLIP's own text model) the first token knows nothing of the others, so take "mean".
     """
 
     def __init__(self, tower: Tower = DEFAULT_TEXT_TOWER, embed_dim: int = 256, pooling: str = "cls"):
@@ -235,11 +261,19 @@ class CLIPModel(nn.Module):
         self.image_projection = ProjectionHead(config.embed_dim, config.dropout)
         self.text_projection = ProjectionHead(config.embed_dim, config.dropout)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
+        # What a saved folder needs beside the weights; a `Checkpoint` sets them.
+        self.tokenizer: Tokenizer | None = None
+        self.transform: Transform | None = None
+        self.about: dict[str, Any] = {}
 
     @property
     def logit_scale(self) -> Tensor:
         """The factor between cosine and logit, clamped to at most `max_logit_scale`; scalar."""
-        return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
+        # The parameter itself, as CLIP does it: a clamped output has no gradient, and the scale could never come down.
+        ceiling = math.log(self.config.max_logit_scale) - 1e-6  # so that rounding does not lift exp above it
+        with torch.no_grad():
+            self.log_logit_scale.clamp_(max=ceiling)
+        return self.log_logit_scale.exp()
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] -> unit vectors [b, d], float32."""
@@ -272,21 +306,35 @@ class CLIPModel(nn.Module):
             text_tower=tower_config(self.text_encoder.backbone),
         )
 
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write a model folder; see `clipmatch.checkpoint.save_model` for the keywords."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        transform: Transform | None = None,
+        **about: Any,
+    ) -> None:
+        """Write a model folder. A model that came from one brings tokenizer and transform itself.
+
+        about: goes into the free part of config.json, over what the model came with.
+        Raises ClipmatchError when no tokenizer or transform is known, or the folder holds anything else.
+        """
         from clipmatch.checkpoint import save_model
 
-        save_model(self, folder, **kwargs)
+        save_model(self, folder, tokenizer, transform, **about)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CLIPModel:
-        """The model in a folder written by `save_pretrained`, or in a hub repository of such a folder."""
+        """The model in a folder written by `save_pretrained`, or in a hub repository of such a folder; in eval mode."""
         from clipmatch.checkpoint import load_checkpoint
 
         return load_checkpoint(folder).model
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model folder to the Hugging Face hub; returns its address."""
+        """Upload the model, as `save_pretrained` writes it, to the Hugging Face hub -> address of the commit.
+
+        kwargs: `token`, `private`, and those of `huggingface_hub.HfApi.upload_folder`. Raises ClipmatchError as
+        `save_pretrained` does, and when the hub can't be reached or refuses.
+        """
         from clipmatch.checkpoint import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)

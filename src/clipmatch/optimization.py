@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clipmatch.config import TrainConfig
@@ -31,6 +33,26 @@ def unfreeze(backbone: nn.Module, tune: int | str) -> int:
         if "norm" in name.lower():
             child.requires_grad_(True)
     return tune
+
+
+@torch.no_grad()
+def standardise_input(layer: nn.Linear, rows: NDArray[Any]) -> None:
+    """Change a fresh linear layer so that it acts as it would on standardised features (rows [n, h] tell how).
+
+    Frozen towers give features of any scale and offset; this puts every new head at the same, well-conditioned start
+    (data-dependent initialisation, Krähenbühl et al. 2016).
+    """
+    values = torch.from_numpy(np.asarray(rows, np.float32))
+    spread = values.std(dim=0) + 1e-4 * values.std()  # a feature that never varies must not be blown up
+    layer.weight.div_(spread.to(layer.weight))
+    layer.bias.sub_(layer.weight @ values.mean(dim=0).to(layer.weight))
+
+
+def save_memory(backbone: nn.Module) -> None:
+    """Keep no activations inside blocks; compute them again on the way back (Chen et al. 2016)."""
+    # transformers renamed the method in version 5
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable()  # type: ignore[operator]
 
 
 def describe_parameters(model: CLIPModel) -> str:

@@ -128,7 +128,7 @@ def _draw_dev_recall(axes: Any, epochs: History) -> None:
             label = f"recall@{k}" if style == "-" else None
             axes.plot(at, recall, style, color=color, marker="o", markersize=3, label=label)
     axes.set(title="Dev recall, %", xlabel="epoch  (solid: text → image, dashed: image → text)", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend()
 
 

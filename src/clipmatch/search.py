@@ -63,6 +63,8 @@ def find_matches(
     if top_k < 1:
         raise ClipmatchError(f"top_k is {top_k}; ask for at least one match.")
     paths = list_images(images) if isinstance(images, str | Path) else [Path(path) for path in images]
+    if not paths:
+        raise ClipmatchError("The list of images is empty; name at least one.")
     embedder = load_model(model) if isinstance(model, str | Path) else model
     gallery = embed_remembered(embedder, paths, progress)
     if not gallery.paths:

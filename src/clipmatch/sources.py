@@ -17,17 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipmatch.checkpoint import Checkpoint
+from clipmatch.config import TrainConfig
+from clipmatch.data import CaptionedImage
 from clipmatch.embedder import Failure
-from clipmatch.features import FeatureTable
+from clipmatch.errors import ClipmatchError
+from clipmatch.features import FeatureTable, image_features, text_features
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
+from clipmatch.runtime import Precision
 
 PLAIN = -1  # the epoch number that asks for unaugmented pictures
+DEV_BATCH = 128
+SAMPLE = 10_000  # rows that tell the scale of features
 MEMORY_LIMIT = 1 << 30  # bytes of decoded pictures that are kept rather than decoded anew each epoch
 
 
 class ImageSource(Protocol):
     """Pictures by number."""
+
+    decodes: bool  # whether fetching costs enough for worker processes to pay
 
     def fetch(self, items: Sequence[int], epoch: int) -> tuple[Tensor, list[bool], list[Failure]]:
         """Items -> a tensor of those that can be used, which of them these are, and why not the others."""
@@ -41,6 +50,8 @@ class ImageSource(Protocol):
 class CachedImages:
     """Features or hidden states of a frozen image tower (`clipmatch.features.image_features`)."""
 
+    decodes = False
+
     def __init__(self, table: FeatureTable, last_blocks: int, seed: int):
         self.table, self.last_blocks, self.seed = table, last_blocks, seed
 
@@ -52,6 +63,10 @@ class CachedImages:
         used = places >= 0
         rows = np.asarray(self.table.rows[places[used]], np.float32)
         return torch.from_numpy(rows), used.tolist(), []
+
+    def sample(self) -> NDArray[np.float16]:
+        """Plain features of up to SAMPLE items [k, h], to learn their scale from."""
+        return sample_rows(self.table, self.table.places[0])
 
     def encode(self, model: CLIPModel, batch: Tensor) -> Tensor:
         """Features [b, h] or hidden states [b, t, h] -> [b, d]."""
@@ -67,6 +82,7 @@ class LiveImages:
         self.augment, self.flip = augment, flip
         fits = len(self.paths) * transform.config.size**2 * 3 <= MEMORY_LIMIT
         self.kept: dict[int, NDArray[np.uint8]] | None = {} if fits and not augment else None
+        self.decodes = self.kept is None
 
     def fetch(self, items: Sequence[int], epoch: int) -> tuple[Tensor, list[bool], list[Failure]]:
         """Pixels [b, 3, s, s] of the items that can be read."""
@@ -123,6 +139,10 @@ class CachedTexts:
         """Features [b, h]."""
         places = self.table.places[list(captions)]
         return (torch.from_numpy(np.asarray(self.table.rows[places], np.float32)),)
+
+    def sample(self) -> NDArray[np.float16]:
+        """Features of up to SAMPLE captions [k, h]."""
+        return sample_rows(self.table, self.table.places)
 
     def encode(self, model: CLIPModel, batch: tuple[Tensor, ...]) -> Tensor:
         """Features [b, h] -> [b, d]."""
@@ -182,6 +202,102 @@ class PairDataset(torch.utils.data.Dataset[Any]):
         return int(draw(self.seed, epoch, item, 1).integers(first, end))
 
 
+class DevSet:
+    """Captioned pictures to measure on: each picture plain, with all its captions."""
+
+    def __init__(self, rows: Sequence[CaptionedImage], images: ImageSource, texts: TextSource):
+        self.images, self.texts = images, texts
+        self.count = len(rows)
+        self.failures: list[Failure] = []  # pictures that the latest `embed` could not read
+        self.owners = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])  # [m]
+
+    def embed(
+        self, model: CLIPModel, device: torch.device
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Model in eval mode -> image rows [n, d], text rows [m, d], image of each text [m], for readable pictures.
+
+        Raises ClipmatchError when no picture can be read.
+        """
+        rows, readable = [], np.zeros(self.count, bool)
+        self.failures = []
+        for start in range(0, self.count, DEV_BATCH):
+            items = range(start, min(start + DEV_BATCH, self.count))
+            pixels, used, failures = self.images.fetch(items, PLAIN)
+            self.failures += failures
+            readable[start : start + len(used)] = used
+            if any(used):
+                rows.append(self.images.encode(model, pixels.to(device)).cpu())
+        if not rows:
+            raise ClipmatchError("None of the dev pictures can be read; check the image folder.")
+        captions = np.flatnonzero(readable[self.owners])
+        texts = [
+            self.encode_texts(model, captions[start : start + DEV_BATCH], device)
+            for start in range(0, len(captions), DEV_BATCH)
+        ]
+        place = np.cumsum(readable) - 1  # a picture's number among the readable ones
+        return torch.cat(rows).numpy(), torch.cat(texts).numpy(), place[self.owners[captions]]
+
+    def encode_texts(self, model: CLIPModel, captions: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Caption numbers [b] -> unit vectors [b, d] on the CPU."""
+        batch = self.texts.fetch(captions.tolist())
+        return self.texts.encode(model, tuple(value.to(device) for value in batch)).cpu()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Chooses where pictures and captions come from: cached features where a tower (or its lower part) stays frozen,
+    files and token ids where it learns.
+    """
+
+    checkpoint: Checkpoint
+    settings: TrainConfig
+    image_blocks: int  # last blocks of the image tower that learn; 0: none, or all
+    precision: Precision
+    device: torch.device
+    progress: bool
+
+    def pairs(self, rows: Sequence[CaptionedImage]) -> tuple[PairDataset, list[Failure]]:
+        """Rows to learn from, and the pictures already found unreadable."""
+        images, failures = self.images(rows, self.settings.views, self.settings.augment)
+        first = np.cumsum([0, *(len(row.captions) for row in rows)])
+        return PairDataset(images, self.texts(rows), first, self.settings.seed), failures
+
+    def dev_set(self, rows: Sequence[CaptionedImage]) -> tuple[DevSet, list[Failure]]:
+        """Rows to measure on."""
+        images, failures = self.images(rows, 1, False)
+        return DevSet(rows, images, self.texts(rows)), failures
+
+    def images(self, rows: Sequence[CaptionedImage], views: int, augment: bool) -> tuple[ImageSource, list[Failure]]:
+        """The picture source that fits what is to be trained."""
+        paths, settings = [row.path for row in rows], self.settings
+        encoder = self.checkpoint.model.image_encoder
+        if settings.tune_image == "all" or (self.image_blocks and not encoder.splittable):
+            return LiveImages(paths, self.checkpoint.transform, augment, settings.flip, settings.seed), []
+        encoder.eval()  # dropout inside a frozen tower would be frozen into the cache
+        table, failures = image_features(
+            self.checkpoint,
+            paths,
+            precision=self.precision,
+            device=self.device,
+            last_blocks=self.image_blocks,
+            views=views,
+            flip=settings.flip,
+            progress=self.progress,
+        )
+        return CachedImages(table, self.image_blocks, settings.seed), failures
+
+    def texts(self, rows: Sequence[CaptionedImage]) -> TextSource:
+        """The caption source that fits what is to be trained."""
+        model, texts = self.checkpoint.model, [caption for row in rows for caption in row.captions]
+        if self.settings.tune_text != "none":
+            return LiveTexts(texts, self.checkpoint.tokenizer, model.config.max_length)
+        model.text_encoder.eval()
+        table = text_features(
+            self.checkpoint, texts, precision=self.precision, device=self.device, progress=self.progress
+        )
+        return CachedTexts(table)
+
+
 class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """The batches of all epochs from a given step on: shuffled by (seed, epoch), the last short batch dropped."""
 
@@ -198,6 +314,12 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
             if place == 0 or number == self.start:
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             yield [(epoch, int(item)) for item in order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+
+def sample_rows(table: FeatureTable, places: NDArray[np.int64]) -> NDArray[np.float16]:
+    """Rows spread evenly over the usable places."""
+    usable = places[places >= 0]
+    return table.rows[usable[:: max(1, len(usable) // SAMPLE)]]
 
 
 def draw(seed: int, epoch: int, item: int, purpose: int = 0) -> np.random.Generator:

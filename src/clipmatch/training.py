@@ -32,38 +32,27 @@ from clipmatch.checkpoint import (
     save_checkpoint,
 )
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
-from clipmatch.data import CaptionedImage, Splits, content_hash, load_captions, split_captions
+from clipmatch.data import Splits, content_hash, load_captions, split_captions
 from clipmatch.embedder import Failure
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
-from clipmatch.features import image_features, text_features
 from clipmatch.loss import contrastive_loss
 from clipmatch.optimization import (
     build_optimizer,
     describe_parameters,
     pack_optimizer,
     rate_at,
+    save_memory,
+    standardise_input,
     unfreeze,
     unpack_optimizer,
 )
 from clipmatch.preprocess import Tokenizer
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runtime import choose_device, choose_precision, seed_everything, usable_cores
-from clipmatch.sources import (
-    PLAIN,
-    Batch,
-    CachedImages,
-    CachedTexts,
-    EpochBatches,
-    ImageSource,
-    LiveImages,
-    LiveTexts,
-    PairDataset,
-    TextSource,
-)
+from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-EVALUATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -179,12 +168,19 @@ class Trainer:
         refuse_frozen_random(checkpoint, settings)
         if settings.gradient_checkpointing:
             for encoder in (self.model.image_encoder, self.model.text_encoder):
-                encoder.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+                save_memory(encoder.backbone)
         self.failures: list[Failure] = []
-        self.train_images = self.image_source(splits.train, settings.views, settings.augment)
-        self.train_texts = self.text_source(splits.train)
-        self.dev_images = self.image_source(splits.dev, 1, False)
-        self.dev_texts = self.text_source(splits.dev)
+        sources = Sources(checkpoint, settings, self.image_blocks, self.precision, self.device, progress)
+        self.pairs, missing = sources.pairs(splits.train)
+        self.dev, missing_dev = sources.dev_set(splits.dev)
+        self.failures += missing + missing_dev
+        if not checkpoint.fingerprint:  # fresh heads
+            for source, encoder in (
+                (self.pairs.images, self.model.image_encoder),
+                (self.pairs.texts, self.model.text_encoder),
+            ):
+                if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
+                    standardise_input(encoder.fc, source.sample())
         self.optimizer = build_optimizer(self.model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
         if len(splits.train) < settings.batch_size:
@@ -199,56 +195,21 @@ class Trainer:
         if state:
             self.restore(state)
 
-    # Data
-
-    def image_source(self, rows: tuple[CaptionedImage, ...], views: int, augment: bool) -> ImageSource:
-        """Cached features where the tower (or its lower part) stays frozen, else files."""
-        paths, settings = [row.path for row in rows], self.settings
-        encoder = self.model.image_encoder
-        last = self.image_blocks
-        if settings.tune_image == "all" or (last and not encoder.splittable):
-            return LiveImages(paths, self.checkpoint.transform, augment, settings.flip, settings.seed)
-        encoder.eval()
-        table, failures = image_features(
-            self.checkpoint,
-            paths,
-            precision=self.precision,
-            device=self.device,
-            last_blocks=last,
-            views=views,
-            flip=settings.flip,
-            progress=self.progress,
-        )
-        self.failures += failures
-        return CachedImages(table, last, settings.seed)
-
-    def text_source(self, rows: tuple[CaptionedImage, ...]) -> TextSource:
-        """Cached features where the tower stays frozen, else token ids."""
-        texts = [caption for row in rows for caption in row.captions]
-        if self.settings.tune_text != "none":
-            return LiveTexts(texts, self.checkpoint.tokenizer, self.model.config.max_length)
-        self.model.text_encoder.eval()
-        return CachedTexts(
-            text_features(self.checkpoint, texts, precision=self.precision, device=self.device, progress=self.progress)
-        )
+    # The loop
 
     def loader(self) -> Any:
         """Batches from the current step on, fetched by worker processes where pictures are decoded."""
-        rows, settings = self.splits.train, self.settings
-        first = np.cumsum([0, *(len(row.captions) for row in rows)])
-        dataset = PairDataset(self.train_images, self.train_texts, first, settings.seed)
+        settings = self.settings
         start = (self.step // self.steps_per_epoch) * self.batches
         start += (self.step % self.steps_per_epoch) * settings.accumulate
-        sampler = EpochBatches(len(rows), self.batch_size, settings.epochs, settings.seed, start)
-        decoding = isinstance(self.train_images, LiveImages) and self.train_images.kept is None
+        sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, settings.seed, start)
+        decoding = self.pairs.images.decodes
         workers = settings.workers
         if workers is None:
             workers = min(8, max(1, usable_cores() // 2)) if decoding else 0
         return torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=itself, persistent_workers=False
+            self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, persistent_workers=False
         )
-
-    # The loop
 
     def run(self) -> Result:
         """Train to the end, to early stopping or to Ctrl-C."""
@@ -322,8 +283,8 @@ class Trainer:
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward pass of one batch -> loss."""
         with self.autocast():
-            images = self.train_images.encode(self.model, batch.images.to(self.device))
-            texts = self.train_texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
+            images = self.pairs.images.encode(self.model, batch.images.to(self.device))
+            texts = self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
         # float32 outside autocast: logits of up to 100 lose their order in bfloat16
         return contrastive_loss(images, texts, self.model.logit_scale, batch.image_ids.to(self.device))
 
@@ -368,33 +329,14 @@ class Trainer:
             self.looks_since_best += 1
         return figures
 
-    @torch.inference_mode()
     def measure_dev(self) -> dict[str, Any]:
-        """Embed dev, unaugmented and without dropout -> figures both ways."""
+        """Embed dev, without augmentation or dropout -> figures both ways."""
         self.model.eval()
-        rows = self.splits.dev
-        images, kept = [], []
-        for start in range(0, len(rows), EVALUATION_BATCH):
-            items = list(range(start, min(start + EVALUATION_BATCH, len(rows))))
-            pixels, used, failures = self.dev_images.fetch(items, PLAIN)
-            self.failures += failures
-            kept += used
-            if any(used):
-                with self.autocast():
-                    images.append(self.dev_images.encode(self.model, pixels.to(self.device)).cpu())
-        counts = [len(row.captions) for row in rows]
-        owners = np.repeat(np.arange(len(rows)), counts)
-        captions = np.flatnonzero(np.asarray(kept)[owners])
-        texts = []
-        for start in range(0, len(captions), EVALUATION_BATCH * 2):
-            batch = self.dev_texts.fetch(captions[start : start + EVALUATION_BATCH * 2].tolist())
-            with self.autocast():
-                texts.append(self.dev_texts.encode(self.model, tuple(v.to(self.device) for v in batch)).cpu())
+        with torch.inference_mode(), self.autocast():
+            rows = self.dev.embed(self.model, self.device)
         self.model.train()
-        if not images:
-            raise ClipmatchError("None of the dev pictures can be read; check the image folder.")
-        place = np.cumsum(kept) - 1  # number of a picture among those that could be read
-        return measure(torch.cat(images).numpy(), torch.cat(texts).numpy(), place[owners[captions]], bootstrap=False)
+        self.failures += self.dev.failures
+        return measure(*rows, bootstrap=False)
 
     def save_last(self) -> None:
         """Everything that a resumed run needs."""

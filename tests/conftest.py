@@ -1,0 +1,95 @@
+"""What several tests share: a few drawn scenes, a model small enough to build in a blink, a cache of their own."""
+
+import os
+import subprocess
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
+
+import pytest
+import torch
+from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+
+from clipmatch.checkpoint import Checkpoint, save_checkpoint
+from clipmatch.config import ModelConfig, PreprocessConfig
+from clipmatch.data import load_captions
+from clipmatch.demo import learn_tokenizer
+from clipmatch.model import CLIPModel
+from clipmatch.preprocess import Transform
+from clipmatch.scenes import generate
+
+torch.set_num_threads(1)  # models this small lose more by sharing out their work than they gain
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Each test has a cache of its own, and so do the programs that it starts."""
+    monkeypatch.setenv("CLIPMATCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of 60 + 20 captioned scenes, 32 x 32 pixels; to be read only."""
+    return generate(tmp_path_factory.mktemp("data") / "scenes", n_train=60, n_dev=20, size=32, progress=False)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(scenes):
+    """A tokenizer of the scenes' words."""
+    return learn_tokenizer(load_captions(scenes).rows)
+
+
+def tiny_config(vocab_size, **changes):
+    """Two towers, 32 wide: 50,000 weights in all."""
+    vit = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+    bert = {"model_type": "distilbert", "vocab_size": vocab_size, "max_position_embeddings": 64, "dim": 32}
+    towers = {
+        "image_tower": {**vit, "num_attention_heads": 2, "intermediate_size": 64},
+        "text_tower": {**bert, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    }
+    return ModelConfig(**{**towers, "embed_dim": 16, "max_length": 40, **changes})
+
+
+@pytest.fixture
+def tiny(vocabulary):
+    """A tiny model with random weights (always the same) and what belongs to it, in eval mode."""
+    torch.manual_seed(0)
+    model = CLIPModel(tiny_config(vocabulary.vocab_size)).eval()
+    return Checkpoint(model, vocabulary, Transform(PreprocessConfig(size=32)))
+
+
+@pytest.fixture(scope="session")
+def model_folder(vocabulary, tmp_path_factory):
+    """The tiny model, saved; to be read only."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    model = CLIPModel(tiny_config(vocabulary.vocab_size))
+    save_checkpoint(Checkpoint(model, vocabulary, Transform(PreprocessConfig(size=32))), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def towers(vocabulary, tmp_path_factory):
+    """A vision and a text tower as Hugging Face folders, as the hub would deliver them."""
+    folder = tmp_path_factory.mktemp("towers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    ViTModel(ViTConfig(num_hidden_layers=3, **sizes), add_pooling_layer=False).save_pretrained(folder / "vit-s14")
+    (folder / "vit-s14" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
+    text = DistilBertConfig(vocab_size=vocabulary.vocab_size, dim=32, n_layers=2, n_heads=2, hidden_dim=64)
+    DistilBertModel(text).save_pretrained(folder / "minilm")
+    vocabulary.save(folder / "tokenizer.json")
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder / "minilm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """`clipmatch demo`, run in full once -> (its folder, what it printed)."""
+    place = tmp_path_factory.mktemp("newcomer")
+    environment = {**os.environ, "CLIPMATCH_CACHE": str(place / "cache")}
+    command = [sys.executable, "-m", "clipmatch.cli", "demo"]
+    done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return place / "clipmatch-demo", done.stdout

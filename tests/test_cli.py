@@ -1,0 +1,296 @@
+"""The command line, mostly as a person runs it: exit status, stdout, stderr."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import clipmatch
+from clipmatch.cli import main, printable
+from clipmatch.data import content_hash, load_captions, select_split
+from clipmatch.embedder import load_model
+
+COMMANDS = ("demo", "train", "evaluate", "find")
+SLOW = ("torch", "transformers", "matplotlib", "jinja2", "numpy.testing")
+
+
+def run(*arguments, code=0):
+    """Run a command in this process; it must end with this status and without a traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    crash = result.exception if not isinstance(result.exception, SystemExit) else None
+    assert crash is None, result.output
+    assert result.exit_code == code, result.output
+    return result
+
+
+def sentence(*arguments):
+    """The one sentence that a command fails with."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def program(*arguments, **kwargs):
+    """Run `python -m clipmatch.cli` in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "clipmatch.cli", *arguments], capture_output=True, **kwargs)
+
+
+# Help
+
+
+def test_help_lists_the_commands_in_words():
+    text = run("--help").stdout
+    for name in COMMANDS:
+        assert f"\n  {name} " in text
+        assert run(name, "--help").stdout.startswith(f"Usage: main {name} ")
+    assert f"version {clipmatch.__version__}" in run("--version").stdout
+
+
+def test_the_examples_of_the_help_name_real_options():
+    lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
+    assert len(lines) == 4
+    for _, command, *words in lines:
+        known = {option for parameter in main.commands[command].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_every_option_explains_itself():
+    for name, command in main.commands.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{name} {parameter.opts}"
+
+
+def test_importing_and_help_load_nothing_slow():
+    check = f"import sys; print([name for name in {SLOW} if name in sys.modules])"
+    for start in ("import clipmatch", "from clipmatch.cli import main; main(['--help'], standalone_mode=False)"):
+        done = subprocess.run([sys.executable, "-c", f"{start}; {check}"], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names_exist():
+    for name in clipmatch.__all__:
+        assert getattr(clipmatch, name).__name__ == name
+    assert set(clipmatch.__all__) <= set(dir(clipmatch))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        clipmatch.trian  # noqa: B018
+
+
+# evaluate
+
+
+def test_evaluate_prints_a_table_and_writes_figures(model_folder, scenes, tmp_path):
+    target, dev = tmp_path / "new" / "figures.json", scenes / "splits" / "dev.txt"
+    result = run(
+        "evaluate", "--model", model_folder, "--captions", scenes, "--split", dev, "--json", target, "--device", "cpu"
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    assert lines[0] == "20 images, 100 captions; percent (95 % interval; chance)"
+    assert lines[1].startswith("text -> image  R@1 ")
+    assert lines[2].startswith("image -> text  R@1 ")
+    figures = json.loads(target.read_text())
+    rows = select_split(load_captions(scenes).rows, dev)
+    assert (figures["images"], figures["captions"], figures["gallery"]) == (20, 100, 20)
+    assert figures["split_hash"] == content_hash(rows)
+    assert figures["model"] == {"fingerprint": load_model(model_folder).fingerprint, "path": str(model_folder)}
+    assert figures["failures"] == []
+    assert figures["text_to_image"]["chance"]["recall@1"] == pytest.approx(1 / 20)
+    for direction in ("text_to_image", "image_to_text"):
+        part = figures[direction]
+        for k in (1, 5, 10):
+            low, high = part["interval"][f"recall@{k}"]
+            assert 0 <= low <= part[f"recall@{k}"] <= high <= 1
+    assert f"R@1 {100 * figures['text_to_image']['recall@1']:.1f} " in lines[1]
+
+
+def test_evaluate_to_stdout_is_nothing_but_json(model_folder, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    broken = tmp_path / "scenes" / "Images" / "dev-00003.jpg"
+    broken.write_bytes(b"no picture")
+    split = tmp_path / "scenes" / "splits" / "dev.txt"
+    result = run(
+        "evaluate", "--model", model_folder, "--captions", tmp_path / "scenes", "--split", split, "--json", "-"
+    )
+    figures = json.loads(result.stdout)
+    assert figures["images"] == 19
+    assert [failure["path"] for failure in figures["failures"]] == [str(broken)]
+    assert "1 image could not be read:\n" in result.stderr
+    assert f"  {broken}: it is not an image" in result.stderr
+
+
+def test_evaluate_writes_a_card(model_folder, scenes, tmp_path):
+    split = scenes / "splits" / "dev.txt"
+    run("evaluate", "--model", model_folder, "--captions", scenes, "--split", split, "--html", tmp_path / "card.html")
+    assert "<html" in (tmp_path / "card.html").read_text()
+
+
+def test_evaluate_keeps_its_table_when_a_file_can_not_be_written(model_folder, scenes, tmp_path):
+    (tmp_path / "file").write_text("")
+    split, target = scenes / "splits" / "dev.txt", tmp_path / "file" / "figures.json"
+    result = run(
+        "evaluate", "--model", model_folder, "--captions", scenes, "--split", split, "--json", target, code=1
+    )  # fmt: skip
+    assert result.stdout.startswith("20 images")
+    assert result.stderr.startswith(f"Error: {tmp_path / 'file'}")
+
+
+# find
+
+
+@pytest.fixture
+def odd_photos(tmp_path):
+    """Three photographs: a plain name, one with line break and quote, one with a byte that is no UTF-8."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [b"plain.png", b'two\n"lines".png', b"caf\xe9.png"]
+    try:
+        for name, colour in zip(names, ("red", "green", "blue"), strict=True):
+            Image.new("RGB", (32, 32), colour).save(folder / os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    return folder
+
+
+def find(model_folder, folder, *options):
+    return run("find", "a red circle", "--model", model_folder, "--images", folder, *options).stdout_bytes
+
+
+def test_find_with_awkward_names(model_folder, odd_photos):
+    folder = os.fsencode(odd_photos)
+    raw = {folder + b"/plain.png", folder + b'/two\n"lines".png', folder + b"/caf\xe9.png"}
+
+    table = find(model_folder, odd_photos).decode().splitlines()
+    assert table[0] == "rank  score  path"
+    assert {line.split("  ")[-1] for line in table[1:]} == {
+        f"{odd_photos}/plain.png", f'{odd_photos}/two\\n"lines".png', f"{odd_photos}/caf\\udce9.png"
+    }  # fmt: skip
+    scores = [float(line.split()[1]) for line in table[1:]]
+    assert scores == sorted(scores, reverse=True)
+
+    rows = json.loads(find(model_folder, odd_photos, "--json"))
+    assert {os.fsencode(row["path"]) for row in rows} == raw
+    assert [round(row["score"], 3) for row in rows] == scores
+
+    paths = find(model_folder, odd_photos, "--paths", "-k", 2)
+    assert paths == b"".join(os.fsencode(row["path"]) + b"\n" for row in rows[:2])
+
+
+def test_find_in_one_file_and_in_a_folder(model_folder, scenes):
+    folder = scenes / "Images"
+    arguments = ("find", "two blue stars", "--model", model_folder, "--paths", "--images")
+    assert run(*arguments, folder / "dev-00001.jpg").stdout == f"{folder / 'dev-00001.jpg'}\n"
+    found = run(*arguments, folder, "-k", 4).stdout.splitlines()
+    assert len(set(found)) == 4
+    assert all(Path(path).parent == folder for path in found)
+
+
+def test_find_reports_bad_files_on_stderr(model_folder, scenes, tmp_path):
+    shutil.copy(scenes / "Images" / "dev-00001.jpg", tmp_path / "good.jpg")
+    (tmp_path / "bad\x1b[31m.jpg").write_bytes(b"no picture")
+    result = run("find", "a star", "--model", model_folder, "--images", tmp_path, "--paths")
+    assert result.stdout == f"{tmp_path / 'good.jpg'}\n"
+    assert "1 image could not be read:" in result.stderr
+    assert "bad\\x1b[31m.jpg: it is not an image" in result.stderr  # a name does not colour the terminal
+
+
+def test_names_that_the_terminal_lacks_are_escaped(model_folder, scenes, tmp_path):
+    shutil.copy(scenes / "Images" / "dev-00001.jpg", tmp_path / "Ω.jpg")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    arguments = ("--model", str(model_folder), "--images", str(tmp_path))
+    done = program("find", "a star", *arguments, env=environment)
+    assert done.returncode == 0
+    assert done.stdout.endswith(b"\\u03a9.jpg\n")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(model_folder, scenes):
+    command = [sys.executable, "-m", "clipmatch.cli", "find", "a star", "--model", str(model_folder)]
+    command += ["--images", str(scenes / "Images")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
+
+
+def test_printable():
+    assert printable("a b/ü.jpg") == "a b/ü.jpg"
+    assert printable("a\nb\tc\x7f\udcff") == "a\\nb\\tc\\x7f\\udcff"
+
+
+# What goes wrong
+
+
+def test_model_folders_that_are_none(scenes, tmp_path):
+    rest = ("--images", scenes / "Images")
+    assert sentence("find", "a star", "--model", tmp_path / "none", *rest) == (
+        f"Error: The model folder {tmp_path / 'none'} does not exist; "
+        f"train one with: clipmatch train --out {tmp_path / 'none'}\n"
+    )
+    assert "is no model folder (it has no config.json)" in sentence("find", "a star", "--model", tmp_path, *rest)
+    text = sentence("find", "a star", "--model", "nobody/none", *rest)
+    assert "There is no folder nobody/none here. The hub model 'nobody/none' can't be reached" in text
+
+
+def test_image_folders_that_are_none(model_folder, tmp_path):
+    arguments = ("find", "a star", "--model", model_folder, "--images")
+    assert f"The image folder {tmp_path / 'none'} does not exist" in sentence(*arguments, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert f"The folder {tmp_path / 'empty'} holds no pictures" in sentence(*arguments, tmp_path / "empty")
+
+
+def test_queries_and_devices_that_can_not_work(model_folder, scenes):
+    rest = ("--model", model_folder, "--images", scenes / "Images")
+    assert "The query is empty" in sentence("find", " ", *rest)
+    assert "top_k is 0" in sentence("find", "a star", *rest, "-k", "0")
+    assert "The device 'gpu' can't be used here" in sentence("find", "a star", *rest, "--device", "gpu")
+
+
+def test_training_on_towers_that_can_not_be_had(scenes, tmp_path):
+    arguments = ("train", "--captions", scenes, "--out", tmp_path / "run")
+    text = sentence(*arguments)
+    assert "The hub model 'distilbert-base-uncased' can't be reached and is not in the local cache" in text
+    assert "name a local model folder instead" in text
+    assert "'./vit' holds no Hugging Face model" in sentence(
+        *arguments, "--image-tower", "./vit", "--text-tower", "./vit"
+    )  # fmt: skip
+
+
+def test_training_without_captions(tmp_path):
+    assert "Which captions? Give --captions FILE" in sentence("train", "--out", tmp_path / "run")
+    assert "no caption file or folder" in sentence("train", "--captions", tmp_path / "none", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", ["some", "0", "-1", "1.5"])
+def test_tuning_is_none_all_or_a_number(value):
+    result = run("train", "--out", "x", "--tune-image", value, code=2)
+    assert "give none, all, or a number of blocks" in result.stderr
+
+
+def test_without_pytorch_it_says_what_to_install(model_folder, scenes):
+    blocked = "import sys; sys.modules['torch'] = None; from clipmatch.cli import main; main()"
+    for arguments in (
+        ["find", "a star", "--model", str(model_folder), "--images", str(scenes / "Images")],
+        ["evaluate", "--model", str(model_folder), "--captions", str(scenes)],
+        ["train", "--captions", str(scenes), "--out", "run"],
+    ):
+        done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == 'Error: This needs the package torch; install it with: pip install "clipmatch[train]"\n'
+
+
+def test_interrupting_ends_with_130(model_folder, scenes, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipmatch.search.find_matches", interrupt)
+    result = run("find", "a star", "--model", model_folder, "--images", scenes, code=130)
+    assert result.stderr == "Interrupted.\n"

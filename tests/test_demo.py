@@ -1,0 +1,36 @@
+"""The demo as a newcomer runs it, in full: the promise of the README's first screen."""
+
+import json
+
+from clipmatch.demo import is_unfinished, small_settings
+
+
+def test_the_demo_keeps_its_promise(demo):
+    folder, output = demo
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert figures["gallery"] == figures["images"] == 500
+    assert figures["captions"] == 2500
+    assert figures["text_to_image"]["chance"]["recall@1"] == 1 / 500
+    assert figures["text_to_image"]["recall@1"] >= 0.5
+    low, high = figures["text_to_image"]["interval"]["recall@1"]
+    assert low < figures["text_to_image"]["recall@1"] < high
+    assert "500 images, 2500 captions" in output
+    assert f"R@1 {100 * figures['text_to_image']['recall@1']:.1f}" in output
+
+
+def test_the_report_stands_alone(demo):
+    folder, _ = demo
+    page = (folder / "report.html").read_text()
+    assert "data:image/jpeg;base64," in page
+    assert "three small green hearts at night" in page
+    for outside in ('src="http', "src='http", 'href="http', "<script src", "@import"):
+        assert outside not in page
+
+
+def test_a_finished_run_is_not_resumed(demo):
+    folder, _ = demo
+    settings = small_settings(folder / "run")
+    assert not is_unfinished(folder / "run", settings)
+    state = folder / "run" / "last" / "state.json"
+    values = json.loads(state.read_text())
+    assert values["step"] == values["total"]

@@ -1,0 +1,64 @@
+"""The contrastive loss, against numbers that can be worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from clipmatch.loss import contrastive_loss
+
+ONE = torch.tensor(1.0)
+
+
+def test_two_pairs_by_hand():
+    # Cosines are the identity: each row's softmax is e / (e + 1), both ways.
+    loss = contrastive_loss(torch.eye(2), torch.eye(2), ONE)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+
+
+def test_both_directions_count():
+    # Image 0 fits both texts; image 1 fits none. By rows ln 2 twice; by columns text 0 and 1 are (1, 0) and (1, 0).
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    rows = math.log(2)
+    columns = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
+    assert contrastive_loss(images, texts, ONE).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
+
+
+def test_chance_is_the_logarithm_of_the_batch_size():
+    same = torch.ones(8, 4) / 2
+    assert contrastive_loss(same, same, torch.tensor(30.0)).item() == pytest.approx(math.log(8), abs=1e-5)
+
+
+def test_captions_of_the_same_image_do_not_push_each_other_away():
+    # Pictures 0 and 1 are one and the same: with ids only picture 2 is a negative of 0 and 1.
+    images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    loss = contrastive_loss(images, images, ONE, torch.tensor([7, 7, 9]))
+    of_two, of_three = math.log(1 + math.exp(-1)), math.log(1 + 2 * math.exp(-1))
+    assert loss.item() == pytest.approx((2 * of_two + of_three) / 3, abs=1e-6)
+    assert contrastive_loss(images, images, ONE).item() > loss.item() + 0.2
+
+
+def test_siblings_get_no_gradient_from_each_other():
+    torch.manual_seed(0)
+    images, texts = normalize(torch.randn(3, 4), dim=1), normalize(torch.randn(3, 4), dim=1)
+    texts.requires_grad_()
+    contrastive_loss(images[:2], texts[:2], ONE, torch.tensor([5, 5])).backward()
+    assert torch.equal(texts.grad, torch.zeros(3, 4))  # each has no negative left: the loss is 0, and finite
+
+
+def test_different_ids_change_nothing():
+    torch.manual_seed(0)
+    images, texts = normalize(torch.randn(5, 4), dim=1), normalize(torch.randn(5, 4), dim=1)
+    scale = torch.tensor(10.0)
+    assert torch.equal(
+        contrastive_loss(images, texts, scale, torch.arange(5)), contrastive_loss(images, texts, scale)
+    )  # fmt: skip
+
+
+def test_gradients_reach_images_texts_and_scale():
+    torch.manual_seed(0)
+    images, texts = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    contrastive_loss(normalize(images, dim=1), normalize(texts, dim=1), scale).backward()
+    assert all(part.grad.abs().sum() > 0 for part in (images, texts, scale))

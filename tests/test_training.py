@@ -1,0 +1,431 @@
+"""Training on small drawn scenes: what learns, what stays, what a resumed run repeats."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from clipmatch import features
+from clipmatch.checkpoint import Checkpoint, create_checkpoint, load_checkpoint, save_checkpoint
+from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
+from clipmatch.data import Splits, load_captions, split_captions
+from clipmatch.demo import learn_tokenizer
+from clipmatch.errors import ClipmatchError
+from clipmatch.model import CLIPModel
+from clipmatch.optimization import build_optimizer, rate_at, standardise_input
+from clipmatch.preprocess import Transform
+from clipmatch.runtime import Precision
+from clipmatch.scenes import generate
+from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
+from clipmatch.training import Trainer, resume, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("data") / "scenes", n_train=48, n_dev=16, size=32, progress=False)
+
+
+@pytest.fixture
+def splits(folder):
+    return split_captions(load_captions(folder))
+
+
+@pytest.fixture
+def tokenizer(splits):
+    return learn_tokenizer(splits.train)
+
+
+def tiny(tokenizer, **changes):
+    vit = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3}
+    bert = {"model_type": "distilbert", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 64, "dim": 32}
+    return ModelConfig(
+        image_tower={**vit, "num_attention_heads": 2, "intermediate_size": 64},
+        text_tower={**bert, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+        **{"embed_dim": 32, "max_length": 40, **changes},
+    )
+
+
+def whole(out, **changes):
+    base = {"epochs": 2, "batch_size": 16, "tune_image": "all", "tune_text": "all", "precision": "float32"}
+    rates = {"rate_heads": 1e-3, "rate_image": 1e-3, "rate_text": 1e-3}
+    return TrainConfig(out=str(out), **{**base, **rates, **changes})
+
+
+@pytest.fixture
+def trained_towers(tmp_path, tokenizer):
+    """A checkpoint that counts as trained: it comes from a folder."""
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(CLIPModel(tiny(tokenizer)), tokenizer, Transform(PreprocessConfig(size=32)))
+    save_checkpoint(checkpoint, tmp_path / "towers")
+    return tmp_path / "towers"
+
+
+def weights(run, name="best"):
+    return load_file(Path(run) / name / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# What a run does
+
+
+def test_training_learns_what_it_is_shown(splits, tokenizer, tmp_path):
+    """Measured on its own training pictures, a small model that learns puts most captions first."""
+    torch.manual_seed(0)
+    few = Splits(splits.train[:16], splits.train[:16], "the same pictures")
+    rate = 3e-3
+    settings = whole(tmp_path / "run", epochs=60, evaluate_every=60, rate_heads=rate, rate_image=rate, rate_text=rate)
+    model = tiny(tokenizer, dropout=0.0, image_pooling="mean", text_pooling="mean")
+    result = train(few, settings, model, tokenizer=tokenizer, progress=False)
+    assert result.finished
+    assert result.dev["text_to_image"]["recall@1"] > 0.8  # chance: 1/16
+    losses = [row["loss"] for row in result.history if row["kind"] == "step"]
+    assert losses[0] > np.log(16)  # nothing known: no better than every pair as likely
+    assert losses[-1] < 1.0
+
+
+def test_a_run_folder_holds_what_it_says(splits, tokenizer, tmp_path):
+    run = tmp_path / "run"
+    result = train(splits, whole(run), tiny(tokenizer), tokenizer=tokenizer, progress=False)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows].count("step") == 2 * (48 // 16)
+    assert [row["step"] for row in rows if row["kind"] == "epoch"] == [3, 6]
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert result.model == run / "best"
+    config = json.loads((run / "best" / "config.json").read_text())
+    assert config["about"]["dev"] == result.dev
+    assert config["about"]["trained_on"]["pictures"] == 48
+    assert not list(run.rglob("*.pt")) + list(run.rglob("*.bin")) + list(run.rglob("*.pkl"))
+    scale = [row["logit_scale"] for row in rows if row["kind"] == "step"]
+    assert all(0 < value <= 100 for value in scale)
+
+
+def test_the_best_model_is_kept_not_the_last(splits, tokenizer, tmp_path, monkeypatch):
+    looks = iter([0.2, 0.9, 0.4])
+
+    def figures(self):
+        recall = next(looks)
+        return {d: {f"recall@{k}": recall for k in (1, 5, 10)} for d in ("text_to_image", "image_to_text")}
+
+    monkeypatch.setattr(Trainer, "measure_dev", figures)
+    result = train(splits, whole(tmp_path / "run", epochs=3), tiny(tokenizer), tokenizer=tokenizer, progress=False)
+    assert result.dev["text_to_image"]["recall@1"] == 0.9
+    assert load_checkpoint(tmp_path / "run").about["step"] == 6
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "run", "last"))
+
+
+def test_early_stopping(splits, tokenizer, tmp_path, monkeypatch):
+    level = {d: {f"recall@{k}": 0.5 for k in (1, 5, 10)} for d in ("text_to_image", "image_to_text")}
+    monkeypatch.setattr(Trainer, "measure_dev", lambda self: level)
+    settings = whole(tmp_path / "run", epochs=10, patience=2)
+    result = train(splits, settings, tiny(tokenizer), tokenizer=tokenizer, progress=False)
+    assert [row["kind"] for row in result.history].count("epoch") == 3  # the first is the best, two are no better
+
+
+# Frozen towers and their cache
+
+
+def test_heads_learn_while_the_towers_stay(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=3, batch_size=48, views=2, precision="float32")
+    train(splits, settings, trained_towers, progress=False)
+    before, after = load_file(trained_towers / "model.safetensors"), weights(tmp_path / "run", "last")
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == (".backbone." in name), name
+
+
+def test_features_are_computed_once(splits, trained_towers, tmp_path, monkeypatch):
+    settings = TrainConfig(out=str(tmp_path / "one"), epochs=1, batch_size=48, precision="float32")
+    train(splits, settings, trained_towers, progress=False)
+    monkeypatch.setattr(features.FeatureStore, "append", lambda *_: pytest.fail("computed again"))
+    train(splits, replace(settings, out=str(tmp_path / "two")), trained_towers, progress=False)
+    assert same(weights(tmp_path / "one", "last"), weights(tmp_path / "two", "last"))
+
+
+def image_table(checkpoint, paths, **changes):
+    exact = Precision(None, "float32")
+    return features.image_features(
+        checkpoint, paths, precision=exact, device=torch.device("cpu"), progress=False, **changes
+    )
+
+
+def test_the_cache_knows_a_picture_by_content_and_survives_a_crash(splits, trained_towers, tmp_path):
+    checkpoint = load_checkpoint(trained_towers)
+    paths = [row.path for row in splits.train[:5]]
+    table, failures = image_table(checkpoint, paths)
+    assert table.places.tolist() == [[0, 1, 2, 3, 4]]
+    assert failures == []
+    store = next((features.cache_root()).glob("image-*"))
+    good = (store / "rows.bin").read_bytes()
+    with (store / "rows.bin").open("ab") as file:  # killed in the middle of a row ...
+        file.write(b"\x00" * 7)
+    with (store / "keys.txt").open("a") as file:  # ... or of a key
+        file.write("half a k")
+    copy = tmp_path / "another name.jpg"
+    shutil.copy(paths[2], copy)
+    again, _ = image_table(checkpoint, [copy, paths[0]])
+    assert again.places.tolist() == [[2, 0]]
+    assert (store / "rows.bin").read_bytes() == good
+    expected = checkpoint.transform(images=Image.open(copy), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        row = checkpoint.model.image_encoder.features(expected)[0].numpy()
+    np.testing.assert_allclose(again.rows[again.places[0, 0]], row, atol=2e-3)  # stored in half precision
+
+
+def test_other_weights_other_cache(splits, trained_towers):
+    checkpoint = load_checkpoint(trained_towers)
+    paths = [splits.train[0].path]
+    image_table(checkpoint, paths)
+    with torch.no_grad():
+        checkpoint.model.image_encoder.backbone.layernorm.bias += 1
+    image_table(checkpoint, paths)
+    image_table(checkpoint, paths, last_blocks=1)
+    assert len(list(features.cache_root().glob("image-*"))) == 3
+
+
+def test_views_differ_and_are_the_same_each_time(splits, trained_towers, monkeypatch, tmp_path):
+    checkpoint = load_checkpoint(trained_towers)
+    paths = [row.path for row in splits.train[:2]]
+    table, _ = image_table(checkpoint, paths, views=3)
+    rows = table.rows[table.places].astype(np.float32)  # [views, n, h]
+    assert len({row.tobytes() for row in rows.reshape(6, -1)}) == 6
+    monkeypatch.setenv("CLIPMATCH_CACHE", str(tmp_path / "elsewhere"))
+    fresh, _ = image_table(checkpoint, paths, views=3)
+    np.testing.assert_array_equal(fresh.rows[fresh.places], table.rows[table.places])
+
+
+def test_only_the_last_blocks_learn(splits, trained_towers, tmp_path):
+    settings = TrainConfig(
+        out=str(tmp_path / "run"), epochs=1, batch_size=16, tune_image=1, tune_text=1, rate_image=1e-3, rate_text=1e-3
+    )
+    train(splits, replace(settings, precision="float32"), trained_towers, progress=False)
+    before, after = load_file(trained_towers / "model.safetensors"), weights(tmp_path / "run", "last")
+    changed = {name for name, value in before.items() if ".backbone." in name and not torch.equal(value, after[name])}
+    assert changed
+    learns = ("image_encoder.backbone.layers.2.", "image_encoder.backbone.layernorm.")
+    learns += ("text_encoder.backbone.transformer.layer.1.",)
+    assert all(name.startswith(learns) for name in changed)
+    assert any(name.startswith(learns[0]) for name in changed)
+    assert any(name.startswith(learns[2]) for name in changed)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_split_tower_gives_what_the_whole_gives(tokenizer, last):
+    torch.manual_seed(1)
+    encoder = CLIPModel(tiny(tokenizer, image_pooling="cls+mean")).eval().image_encoder
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        split = encoder.features_from(encoder.hidden_before(pixels, last), last)
+        torch.testing.assert_close(split, encoder.features(pixels))
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["whole", "cached"])
+def test_a_resumed_run_ends_with_the_same_weights(
+    splits, tokenizer, trained_towers, tmp_path, monkeypatch, kind, kill_at
+):
+    if kind == "whole":  # augmented, accumulated
+        settings = whole(tmp_path / "unbroken", epochs=3, batch_size=8, accumulate=2, augment=True, workers=0)
+        start = {"model": tiny(tokenizer), "tokenizer": tokenizer}
+    else:
+        settings = TrainConfig(out=str(tmp_path / "unbroken"), epochs=3, batch_size=16, views=2, precision="float32")
+        start = {"model": trained_towers}
+    train(splits, settings, **start, progress=False)
+
+    take_step = Trainer.take_step
+
+    def interrupted(self, batches, total):
+        figures = take_step(self, batches, total)
+        if self.step == kill_at:
+            signal.raise_signal(signal.SIGINT)
+        return figures
+
+    broken = replace(settings, out=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", interrupted)
+        assert not train(splits, broken, **start, progress=False).finished
+    result = train(splits, broken, resume=True, progress=False)
+    assert result.finished
+    assert same(weights(tmp_path / "unbroken", "last"), weights(tmp_path / "broken", "last"))
+    steps = [row["step"] for row in result.history if row["kind"] == "step"]
+    assert steps == list(range(1, 10))
+
+
+def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "clipmatch.cli", "train", "--out", str(run)]
+    first = [*command, "--captions", str(folder), "--model", str(trained_towers), "--epochs", "100000"]
+    with subprocess.Popen([*first, "--batch-size", "16"], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        for _ in range(600):
+            if (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size > 1000:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    stopped = json.loads((run / "last" / "state.json").read_text())["step"]
+    plan = json.loads((run / "train.json").read_text())
+    plan["settings"]["epochs"] = stopped // 3 + 2  # so that the resumed run ends soon
+    (run / "train.json").write_text(json.dumps(plan))
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {stopped}" in done.stderr
+    assert "best model" in done.stdout
+
+
+def test_a_new_run_never_overwrites_an_old_one(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=48)
+    train(splits, settings, trained_towers, progress=False)
+    before = weights(tmp_path / "run")
+    with pytest.raises(ClipmatchError, match="already holds a run"):
+        train(splits, settings, trained_towers, progress=False)
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_nothing_to_resume(splits, tmp_path):
+    with pytest.raises(ClipmatchError, match="no run to resume"):
+        resume(tmp_path / "empty")
+    with pytest.raises(ClipmatchError, match="no run to resume"):
+        train(splits, TrainConfig(out=str(tmp_path / "empty")), resume=True)
+
+
+# What goes wrong
+
+
+def test_frozen_random_towers_are_refused(splits, tokenizer, tmp_path):
+    with pytest.raises(ClipmatchError, match="no pretrained weights"):
+        train(splits, TrainConfig(out=str(tmp_path / "run")), tiny(tokenizer), tokenizer=tokenizer, progress=False)
+
+
+def test_more_blocks_than_there_are(splits, trained_towers, tmp_path):
+    with pytest.raises(ClipmatchError, match="3 blocks"):
+        train(splits, TrainConfig(out=str(tmp_path / "run"), tune_image=9), trained_towers, progress=False)
+
+
+def test_a_loss_that_is_no_number_names_step_and_cause(splits, tokenizer, tmp_path):
+    settings = whole(tmp_path / "run", rate_heads=1e30, rate_text=1e30, epochs=5, warmup=0.0)
+    with pytest.raises(ClipmatchError, match=r"loss is (nan|inf) at step \d+.*halve the learning rates"):
+        train(splits, settings, tiny(tokenizer), tokenizer=tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["whole", "cached"])
+def test_one_bad_picture_never_ends_a_run(folder, tokenizer, trained_towers, tmp_path, kind):
+    shutil.copytree(folder, tmp_path / "data")
+    rows = load_captions(tmp_path / "data")
+    splits = split_captions(rows)
+    bad = [splits.train[3].path, splits.dev[2].path]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    if kind == "whole":
+        settings, start = whole(tmp_path / "run", epochs=1), {"model": tiny(tokenizer), "tokenizer": tokenizer}
+    else:
+        settings, start = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16), {"model": trained_towers}
+    result = train(splits, settings, **start, progress=False)
+    assert result.finished
+    assert {failure.path for failure in result.failures} == set(bad)
+    assert all(failure.reason for failure in result.failures)
+
+
+def test_a_batch_larger_than_the_data_becomes_the_data(splits, trained_towers, tmp_path, capsys):
+    result = train(
+        splits, TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=999), trained_towers, progress=False
+    )
+    assert result.finished
+    assert "batch size: 48" in capsys.readouterr().err
+
+
+# Parts
+
+
+def test_learning_rate_by_hand():
+    factors = [rate_at(step, total=12, warmup=1 / 6) for step in range(12)]
+    assert factors[:3] == [0.5, 1.0, 1.0]  # two steps of rise, then the top of the cosine
+    assert factors[7] == pytest.approx(0.5)  # half of the ten remaining steps
+    assert factors[11] == pytest.approx(0.5 * (1 + np.cos(np.pi * 0.9)))
+
+
+def test_decay_and_rates_by_part(tokenizer):
+    model = CLIPModel(tiny(tokenizer))
+    settings = whole("unused", rate_heads=3.0, rate_image=1.0, rate_text=2.0, weight_decay=0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["peak"], group["weight_decay"])
+        for group in build_optimizer(model, settings).param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    assert found["log_logit_scale"] == (3.0, 0.0)
+    assert found["image_encoder.fc.weight"] == (3.0, 0.5)
+    assert found["image_encoder.fc.bias"] == (3.0, 0.0)
+    assert found["image_projection.norm.weight"] == (3.0, 0.0)
+    assert found["image_encoder.backbone.layers.0.mlp.fc1.weight"] == (1.0, 0.5)
+    assert found["text_encoder.backbone.embeddings.LayerNorm.weight"] == (2.0, 0.0)
+
+
+def test_a_fresh_head_sees_standardised_features():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    plain = torch.nn.Linear(4, 3)
+    plain.load_state_dict(layer.state_dict())
+    rows = np.random.default_rng(0).normal([5, -3, 0, 7], [0.01, 10, 1, 0], (1000, 4)).astype(np.float32)
+    standardise_input(layer, rows)
+    spread = np.where(rows.std(axis=0) > 0, rows.std(axis=0), 1)
+    expected = plain(torch.tensor((rows - rows.mean(axis=0)) / spread))
+    torch.testing.assert_close(layer(torch.tensor(rows)), expected, atol=0.1, rtol=0.1)
+
+
+def test_epochs_cover_every_picture_once_and_continue_anywhere():
+    batches = list(EpochBatches(count=10, batch_size=3, epochs=2, seed=0))
+    assert len(batches) == 6
+    for epoch in (0, 1):
+        items = [item for batch in batches for e, item in batch if e == epoch]
+        assert len(items) == len(set(items)) == 9  # the short last batch is dropped
+    assert [b for b in batches if b[0][0] == 0] != [[(0, i) for _, i in b] for b in batches if b[0][0] == 1]
+    assert list(EpochBatches(count=10, batch_size=3, epochs=2, seed=0, start=4)) == batches[4:]
+
+
+def test_captions_are_drawn_from_the_picture_s_own_and_vary():
+    pairs = PairDataset(None, None, np.array([0, 5, 7]), seed=0)
+    assert {pairs.draw_caption(epoch, 0) for epoch in range(50)} == {0, 1, 2, 3, 4}
+    assert {pairs.draw_caption(epoch, 1) for epoch in range(50)} == {5, 6}
+
+
+def test_texts_are_cut_to_the_longest_of_the_batch(tokenizer):
+    texts = LiveTexts(["a red star", "a red star above a blue circle at night"], tokenizer, max_length=40)
+    ids, mask = texts.fetch([0])
+    assert ids.shape == (1, 5)  # [CLS] a red star [SEP]
+    assert mask.sum() == 5
+    ids, mask = texts.fetch([0, 1])
+    assert mask.sum(dim=1).tolist() == [5, ids.shape[1]]
+
+
+def test_gradient_checkpointing_gives_the_same_run(splits, tokenizer, tmp_path):
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        settings = whole(tmp_path / name, epochs=1, gradient_checkpointing=checkpointing)
+        train(splits, settings, tiny(tokenizer), tokenizer=tokenizer, progress=False)
+    plain, checkpointed = weights(tmp_path / "plain", "last"), weights(tmp_path / "checkpointed", "last")
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value)
+
+
+def test_a_tower_config_takes_a_tokenizer_or_says_so(tokenizer):
+    with pytest.raises(ClipmatchError, match="has no tokenizer"):
+        create_checkpoint(tiny(tokenizer))
+    assert create_checkpoint(tiny(tokenizer), tokenizer).transform.config.size == 32
