@@ -267,16 +267,18 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert steps == list(range(1, 10))
 
 
-def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--tune-image", "all", "--augment", "--workers", "2"]])
+def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_path, options):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "clipmatch.cli", "train", "--out", str(run)]
-    first = [*command, "--captions", str(folder), "--model", str(trained_towers), "--epochs", "100000"]
-    with subprocess.Popen([*first, "--batch-size", "16"], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    first = [*command, "--captions", str(folder), "--model", str(trained_towers), "--epochs", "100000", *options]
+    first += ["--batch-size", "16"]
+    with subprocess.Popen(first, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         for _ in range(600):
             if (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size > 1000:
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in errors

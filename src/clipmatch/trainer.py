@@ -7,6 +7,7 @@ optimiser's state and (seed, step), so that a resumed run continues exactly. Kno
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,12 +120,11 @@ class Trainer:
         start = (self.step // self.steps_per_epoch) * self.batches
         start += (self.step % self.steps_per_epoch) * settings.accumulate
         sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, settings.seed, start)
-        decoding = self.pairs.images.decodes
         workers = settings.workers
         if workers is None:
-            workers = min(8, max(1, usable_cores() // 2)) if decoding else 0
+            workers = min(8, max(1, usable_cores() // 2)) if self.pairs.images.decodes else 0
         return torch.utils.data.DataLoader(
-            self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, persistent_workers=False
+            self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, worker_init_fn=ignore_interrupt
         )
 
     def run(self) -> Result:
@@ -345,6 +345,11 @@ def dev_line(figures: dict[str, Any], step: int) -> str:
 def unique(failures: list[Failure]) -> list[Failure]:
     """Each failed file once, in order."""
     return list({failure.path: failure for failure in failures}.values())
+
+
+def ignore_interrupt(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too; without them the step in flight could not end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def itself(value: Any) -> Any:
