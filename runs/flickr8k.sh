@@ -7,9 +7,10 @@
 # evaluates on dev (1,000 images x 5 captions) and writes OUT/evaluation.json and OUT/evaluation.html. Run it again
 # after an interruption: what is finished is kept, what was going on is resumed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-DATA=${1:-../shared/flickr8k}
-OUT=${2:-out/flickr8k}
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+DATA=$(realpath "${1:-$ROOT/../shared/flickr8k}")
+OUT=$(realpath -m "${2:-$ROOT/out/flickr8k}")
+cd "$ROOT"
 make --silent setup
 export PATH="$PWD/.venv/bin:$PATH"
 
@@ -34,12 +35,12 @@ train() {
 
 # 1. The heads, on features of both frozen towers that are computed once.
 train heads --image-tower "$OUT/towers/vit-s14" --text-tower "$OUT/towers/minilm" \
-    --image-pooling cls+mean --text-pooling mean --dropout 0.2 \
-    --epochs 100 --batch-size 1000 --views 2 --evaluate-every 10
+    --image-pooling cls+mean --text-pooling mean --dropout 0.2 --feature-dropout 0.2 \
+    --epochs 90 --batch-size 1000 --evaluate-every 10
 
 # 2. From there, the whole text tower and the last two blocks of the image tower.
 train tuned --model "$OUT/heads" --tune-text all --tune-image 2 \
-    --epochs 12 --batch-size 250 --views 2 --rate-heads 3e-4 --rate-image 5e-5 --rate-text 5e-5
+    --epochs 10 --batch-size 250 --views 3 --rate-heads 3e-4 --rate-image 5e-5 --rate-text 5e-5
 
 clipmatch evaluate --model "$OUT/tuned" --captions "$DATA/captions.txt" --images "$DATA/Images" \
     --split "$DATA/splits/dev.txt" --json "$OUT/evaluation.json" --html "$OUT/evaluation.html"

@@ -11,4 +11,4 @@ OUT=${3:?folder for the run}
 shift 3
 clipmatch train --captions "$CAPTIONS" --images "$IMAGES" --out "$OUT" --text-pooling mean \
     --epochs 50 --batch-size 1000 --views 2 --evaluate-every 5 --patience 4 "$@"
-clipmatch evaluate --model "$OUT" --captions "$CAPTIONS" --images "$IMAGES" --json "$OUT/evaluation.json"
+clipmatch evaluate --model "$OUT" --captions "$CAPTIONS" --images "$IMAGES" --split "$OUT/splits/dev.txt" --json "$OUT/evaluation.json"

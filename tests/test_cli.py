@@ -294,3 +294,29 @@ def test_interrupting_ends_with_130(model_folder, scenes, monkeypatch):
     monkeypatch.setattr("clipmatch.search.find_matches", interrupt)
     result = run("find", "a star", "--model", model_folder, "--images", scenes, code=130)
     assert result.stderr == "Interrupted.\n"
+
+
+def test_options_without_effect_are_refused(model_folder, scenes, tmp_path):
+    assert "--epochs would change nothing" in sentence("train", "--resume", "--out", tmp_path, "--epochs", "3")
+    arguments = ["train", "--captions", scenes, "--model", model_folder, "--out", tmp_path / "run"]
+    assert "--dropout, --text-pooling" in sentence(*arguments, "--text-pooling", "mean", "--dropout", "0.5")
+
+
+def test_measuring_on_training_pictures_is_called_so(model_folder, scenes, tmp_path):
+    run("train", "--captions", scenes, "--model", model_folder, "--out", tmp_path / "run", "--epochs", "1")
+    everything = run("evaluate", "--model", tmp_path / "run", "--captions", scenes)
+    assert "was trained on 60 of these 80 images" in everything.stderr
+    held_out = tmp_path / "run" / "splits" / "dev.txt"
+    assert (
+        "Warning" not in run("evaluate", "--model", tmp_path / "run", "--captions", scenes, "--split", held_out).stderr
+    )
+
+
+def test_missing_pictures_are_in_the_figures(model_folder, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "data")
+    (tmp_path / "data" / "Images" / "dev-00003.jpg").unlink()
+    done = run("evaluate", "--model", model_folder, "--captions", tmp_path / "data", "--json", tmp_path / "f.json")
+    assert json.loads((tmp_path / "f.json").read_text())["failures"] == [
+        {"path": "dev-00003.jpg", "reason": "does not exist"}
+    ]
+    assert "dev-00003.jpg: does not exist" in done.stderr

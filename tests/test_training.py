@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from clipmatch import features
 from clipmatch.checkpoint import Checkpoint, create_checkpoint, load_checkpoint, save_checkpoint
-from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
-from clipmatch.data import Splits, load_captions, split_captions
+from clipmatch.config import DataConfig, ModelConfig, PreprocessConfig, TrainConfig
+from clipmatch.data import Splits, load_captions, read_split, split_captions
 from clipmatch.demo import learn_tokenizer
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel
@@ -134,6 +134,8 @@ def test_early_stopping(splits, tokenizer, tmp_path, monkeypatch):
     settings = whole(tmp_path / "run", epochs=10, patience=2)
     result = train(splits, settings, tiny(tokenizer), tokenizer=tokenizer, progress=False)
     assert [row["kind"] for row in result.history].count("epoch") == 3  # the first is the best, two are no better
+    again = train(splits, settings, resume=True, progress=False)
+    assert again.history == result.history  # nothing left to do
 
 
 # Frozen towers and their cache
@@ -310,6 +312,28 @@ def test_a_run_is_not_resumed_on_other_data(splits, trained_towers, tmp_path):
         train(fewer, settings, resume=True, progress=False)
 
 
+def test_a_resumed_run_of_the_last_blocks_finds_its_features(splits, trained_towers, tmp_path, monkeypatch):
+    """The tuned blocks differ after the save; what was cached lies below them."""
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16, tune_image=1, rate_image=1e-2)
+    train(splits, settings, trained_towers, progress=False)
+    monkeypatch.setattr(features.FeatureStore, "append", lambda *_: pytest.fail("computed again"))
+    assert train(splits, settings, resume=True, progress=False).finished
+
+
+def test_resume_works_from_any_folder(folder, trained_towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16)
+    train(DataConfig(captions=folder.name), settings, trained_towers, progress=False)
+    monkeypatch.chdir(tmp_path)
+    assert resume(tmp_path / "run", progress=False).finished
+
+
+def test_the_run_says_which_picture_was_in_which_part(splits, trained_towers, tmp_path):
+    train(splits, TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16), trained_towers, progress=False)
+    assert read_split(tmp_path / "run" / "splits" / "train.txt") == [row.path.name for row in splits.train]
+    assert read_split(tmp_path / "run" / "splits" / "dev.txt") == [row.path.name for row in splits.dev]
+
+
 def test_nothing_to_resume(splits, tmp_path):
     with pytest.raises(ClipmatchError, match="no run to resume"):
         resume(tmp_path / "empty")
@@ -352,6 +376,36 @@ def test_one_bad_picture_never_ends_a_run(folder, tokenizer, trained_towers, tmp
     assert result.finished
     assert {failure.path for failure in result.failures} == set(bad)
     assert all(failure.reason for failure in result.failures)
+
+
+def test_missing_pictures_and_copies_of_a_bad_one_are_all_reported(folder, trained_towers, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    names = [row.path for row in split_captions(load_captions(tmp_path / "data")).train[:4]]
+    names[0].unlink()
+    names[1].write_bytes(b"no picture")
+    names[2].write_bytes(b"no picture")
+    splits = split_captions(load_captions(tmp_path / "data"))
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16)
+    result = train(splits, settings, trained_towers, progress=False)
+    assert {failure.path.name for failure in result.failures} == {path.name for path in names[:3]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": -1},
+        {"workers": -1},
+        {"clip_norm": 0.0},
+        {"rate_heads": -1.0},
+        {"augment": True},
+        {"tune_image": "all", "views": 3},
+        {"batch_size": 1},
+        {"tune_text": "some"},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ClipmatchError, match="Bad setting"):
+        TrainConfig(out="unused", **wrong)
 
 
 def test_a_batch_larger_than_the_data_becomes_the_data(splits, trained_towers, tmp_path, capsys):

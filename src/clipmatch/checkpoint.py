@@ -330,7 +330,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         draft.mkdir(parents=True)
         yield draft
         for path in draft.iterdir():  # on disk before the switch, or a power cut leaves an empty file
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
         replace_folder(folder, draft, old)
     except (OSError, SafetensorError) as error:

@@ -11,16 +11,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from clipmatch import __version__
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
 from clipmatch.errors import ClipmatchError
+from clipmatch.formats import READERS
 
+FORMATS = [reader.name for reader in READERS]
 Command = Callable[..., Any]
 
 
@@ -61,10 +64,10 @@ def main() -> None:
     \b
     See it work, offline, in four minutes:
         clipmatch demo
-    Train on your own captioned photographs, measure, search:
-        clipmatch train --captions captions.txt --images Images --out runs/mine
-        clipmatch evaluate --model runs/mine --captions captions.txt --images Images
-        clipmatch find "two dogs in the snow" --model runs/mine --images ~/Pictures
+    Train on your own captioned photographs, measure on those held out, search:
+        clipmatch train --captions captions.txt --images Images --out out/mine
+        clipmatch evaluate --model out/mine --captions captions.txt --images Images --split out/mine/splits/dev.txt
+        clipmatch find "two dogs in the snow" --model out/mine --images ~/Pictures
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -73,7 +76,7 @@ def main() -> None:
 def data_options(command: Command) -> Command:
     """Options that say which captioned pictures."""
     for option in (
-        click.option("--format", help="Kind of caption file; recognised if not given."),
+        click.option("--format", type=click.Choice(FORMATS), help="Kind of caption file; recognised if not given."),
         click.option(
             "--images", metavar="DIR", help="Folder of the pictures; searched beside the captions if not given."
         ),
@@ -97,7 +100,7 @@ def device_options(command: Command) -> Command:
 
 @main.command()
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder for all that it makes.")
-@click.option("--seed", default=0, show_default=True, help="Of the pictures and the training.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of pictures and training.")
 def demo(out: str, seed: int) -> None:
     """Train a small CLIP from nothing on drawn scenes, offline.
 
@@ -125,15 +128,15 @@ TRAIN_HELP = {
     "tune_image": "Image tower: none (heads only, on cached features), the last N blocks, or all.",
     "tune_text": "Text tower: the same.",
     "rate_heads": "Peak learning rate of the heads.",
-    "rate_image": "Peak learning rate of the image tower.",
-    "rate_text": "Peak learning rate of the text tower.",
+    "rate_image": "Peak learning rate of the image tower, as far as it is tuned.",
+    "rate_text": "Peak learning rate of the text tower, as far as it is tuned.",
     "weight_decay": "Decay of matrices; norms, biases and logit scale have none.",
     "warmup": "Fraction of the steps with rising rate.",
     "clip_norm": "Largest gradient norm.",
     "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
     "augment": "Augment pictures as they are read, when the whole image tower learns.",
     "flip": "Mirror augmented pictures; say --no-flip if captions tell left from right.",
-    "accumulate": "Batches a step.",
+    "accumulate": "Batches whose gradients are added up for one step; each has its own negatives.",
     "gradient_checkpointing": "Less memory, more time.",
     "evaluate_every": "Epochs between looks at dev.",
     "patience": "Looks at dev without a better recall before stopping early.",
@@ -168,8 +171,17 @@ def train_options(command: Command) -> Command:
 @click.option("--captions", metavar="FILE", help="Caption file, or the folder that holds it.")
 @data_options
 @click.option("--train-split", metavar="FILE", help="Image names to train on, one a line.")
-@click.option("--dev-split", metavar="FILE", help="Image names for choices. Without both: the official files if there.")
-@click.option("--dev-fraction", default=DataConfig.dev_fraction, show_default=True, help="Else so many, by image name.")
+@click.option(
+    "--dev-split",
+    metavar="FILE",
+    help="Held-out names. Without both: official files, if there.",
+)
+@click.option(
+    "--dev-fraction",
+    default=DataConfig.dev_fraction,
+    show_default=True,
+    help="Held out if there are no split files.",
+)
 @click.option("--out", required=True, metavar="DIR", help="Folder of the run: best/, last/, log.jsonl, tensorboard/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
 @click.option("--model", metavar="DIR", help="Go on from this model folder instead of new heads on two towers.")
@@ -190,10 +202,17 @@ def train_options(command: Command) -> Command:
     help="What stands for the caption: first token, mean of all.",
 )
 @click.option("--max-length", default=ModelConfig.max_length, show_default=True, help="Tokens of a caption at most.")
+@click.option(
+    "--feature-dropout",
+    default=ModelConfig.feature_dropout,
+    show_default=True,
+    help="On what the towers give the heads.",
+)
 @click.option("--dropout", default=ModelConfig.dropout, show_default=True, help="In the projection heads.")
 @train_options
 @device_options
-def train(**options: Any) -> None:
+@click.pass_context
+def train(context: click.Context, /, **options: Any) -> None:
     """Train a CLIP on captioned photographs.
 
     By default only the heads learn, on features of the frozen towers that are computed once and cached: minutes on a
@@ -201,19 +220,31 @@ def train(**options: Any) -> None:
     """
     from clipmatch import training
 
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if options["resume"]:
+        refuse_idle(given - {"resume", "out"}, "--resume goes on with the run's own settings")
         result = training.resume(options["out"])
     else:
         if not options["captions"]:
             raise ClipmatchError("Which captions? Give --captions FILE (and --images DIR), or --resume.")
+        if options["model"]:
+            refuse_idle(given & {field.name for field in fields(ModelConfig)}, "--model brings its own architecture")
         settings = pick(TrainConfig, options)
         start = options["model"] or pick(ModelConfig, options)
         result = training.train(pick(DataConfig, options), settings, start)
     report_failures(result.failures)
     if not result.finished:
+        click.echo(f"go on with: clipmatch train --resume --out {options['out']}", err=True)
         raise SystemExit(130)
     click.echo(f"best model: {result.model}")
     click.echo(json.dumps({"model": str(result.model), "dev": result.dev}), err=True)
+
+
+def refuse_idle(names: set[str], why: str) -> None:
+    """Raise ClipmatchError for options that would have no effect."""
+    if names:
+        listed = ", ".join(sorted("--" + name.replace("_", "-") for name in names))
+        raise ClipmatchError(f"{why}, so {listed} would change nothing; leave it out.")
 
 
 def pick(kind: type[Any], options: dict[str, Any]) -> Any:
@@ -229,7 +260,7 @@ def pick(kind: type[Any], options: dict[str, Any]) -> Any:
 @click.option("--split", metavar="FILE", help="Only these images: one name a line.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures; - for stdout.")
 @click.option("--html", metavar="FILE", help="Write the evaluation card: table, curves, best and worst queries.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the bootstrap.")
 @device_options
 def evaluate(
     model: str,
@@ -249,17 +280,23 @@ def evaluate(
     """
     from clipmatch import evaluation
     from clipmatch.checkpoint import write_json
-    from clipmatch.data import load_captions, select_split
+    from clipmatch.data import load_captions, read_split, select_split
     from clipmatch.embedder import load_model
+    from clipmatch.runlog import note_quirks
 
-    rows = load_captions(captions, images, format).rows
+    embedder = load_model(model, device, precision)
+    data = load_captions(captions, images, format)
+    note_quirks(data)
     if split:
-        rows = select_split(rows, split)
-    result = evaluation.evaluate(load_model(model, device, precision), rows, seed=seed)
+        listed = set(read_split(split))
+        missing = tuple(name for name in data.missing if name in listed)
+        data = replace(data, rows=select_split(data.rows, split), missing=missing)
+    warn_of_training_pictures(model, data.rows)
+    result = evaluation.evaluate(embedder, data, seed=seed)
     figures = result.to_json()
     figures["model"]["path"] = model
     report_failures(result.failures)
-    click.echo(json.dumps(figures, indent=2) if json_file == "-" else recall_table(figures))
+    click.echo(json.dumps(figures, indent=2) if json_file == "-" else evaluation.recall_table(figures))
     if json_file and json_file != "-":
         write_json(Path(json_file), figures)
     if html:
@@ -269,18 +306,22 @@ def evaluate(
         write_evaluation_card(result, Path(html), history=read_history(model) or None)
 
 
-def recall_table(figures: dict[str, Any]) -> str:
-    """The figures as a small table, percent."""
-    lines = [f"{figures['images']} images, {figures['captions']} captions; percent (95 % interval; chance)"]
-    for direction, label in (("text_to_image", "text -> image"), ("image_to_text", "image -> text")):
-        part = figures[direction]
-        cells = []
-        for k in (1, 5, 10):
-            low, high = (100 * bound for bound in part["interval"][f"recall@{k}"])
-            chance = 100 * part["chance"][f"recall@{k}"]
-            cells.append(f"R@{k} {100 * part[f'recall@{k}']:.1f} ({low:.1f}-{high:.1f}; {chance:.1f})")
-        lines.append(f"{label}  {'  '.join(cells)}  median rank {part['median_rank']:g}")
-    return "\n".join(lines)
+def warn_of_training_pictures(model: str, rows: Any) -> None:
+    """Say so when a run is measured on what it was trained on: such figures flatter."""
+    from clipmatch.data import select_split
+
+    lists = Path(model).expanduser() / "splits"
+    if not (lists / "train.txt").is_file():
+        return
+    try:
+        seen = len(select_split(rows, lists / "train.txt"))
+    except ClipmatchError:  # none of them
+        return
+    click.echo(
+        f"Warning: {model} was trained on {seen} of these {len(rows)} images, which flatters it; "
+        f"for the others give --split {lists / 'dev.txt'}",
+        err=True,
+    )
 
 
 @main.command()

@@ -48,7 +48,8 @@ class ModelConfig:
     image_pooling: str = "cls"  # the class token; "mean": average of the patch tokens; "cls+mean": both
     text_pooling: str = "cls"  # the first token; "mean": average over real (unpadded) tokens
     embed_dim: int = 256
-    dropout: float = 0.1  # in the projection heads only
+    dropout: float = 0.1  # in the projection heads
+    feature_dropout: float = 0.1  # on what the towers give to the heads; frozen features overfit soon without it
     max_length: int = 64  # text tokens, the two special ones included
     init_logit_scale: float = 1 / 0.07  # CLIP's start
     max_logit_scale: float = 100.0  # CLIP's clamp: beyond it training destabilises
@@ -57,8 +58,10 @@ class ModelConfig:
         poolings = ("cls", "mean", "cls+mean")
         require(self.image_pooling in poolings, f"image_pooling must be one of {poolings}", self.image_pooling)
         require(self.text_pooling in poolings[:2], f"text_pooling must be one of {poolings[:2]}", self.text_pooling)
+        require(self.max_length >= 3, "max_length must leave room for a word between two marks", self.max_length)
         require(self.embed_dim > 0, "embed_dim must be positive", self.embed_dim)
-        require(0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout)
+        for rate in (self.dropout, self.feature_dropout):
+            require(0 <= rate < 1, "dropout must be in [0, 1)", rate)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ class TrainConfig:
             good = value in ("none", "all") or (isinstance(value, int) and value > 0)
             require(good, f"{name} must be none, all or a number of blocks", value)
         require(self.batch_size > 1, "batch_size must be at least 2: a pair needs negatives", self.batch_size)
+        for name in ("rate_heads", "rate_image", "rate_text", "clip_norm"):
+            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
+        require(self.seed >= 0, "seed must not be negative", self.seed)
+        require(self.workers is None or self.workers >= 0, "workers must not be negative", self.workers)
+        if self.tune_image == "all":
+            require(self.views == 1, "views are of cached pictures; with tune_image all use augment", self.views)
+        else:
+            require(not self.augment, "augment needs tune_image all; cached pictures have views", self.augment)
         require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
         require(self.patience is None or self.patience >= 1, "patience must be at least 1", self.patience)
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from clipmatch.errors import ClipmatchError
@@ -65,11 +65,15 @@ class CaptionSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """Two parts without a common image. `origin` says in words where the division comes from."""
+    """Two parts without a common image.
+
+    origin: in words, where the division comes from. missing: images that the caption file lists and the folder lacks.
+    """
 
     train: tuple[CaptionedImage, ...]
     dev: tuple[CaptionedImage, ...]
     origin: str
+    missing: tuple[str, ...] = ()
 
 
 def load_captions(path: str | Path, images: str | Path | None = None, format: str | None = None) -> CaptionSet:
@@ -273,13 +277,14 @@ def split_captions(
     if (train is None) != (dev is None):
         raise ClipmatchError("Only one of the train and dev split files is given; give both, or neither.")
     if train is not None and dev is not None:
-        return split_by_files(captions.rows, Path(train), Path(dev), f"split files {train} and {dev}")
+        splits = split_by_files(captions.rows, Path(train), Path(dev), f"split files {train} and {dev}")
+        return replace(splits, missing=captions.missing)
     for names in OFFICIAL_SPLITS:
         files = (captions.source.parent / names[0], captions.source.parent / names[1])
         if exists(files[0]) and exists(files[1]):
             origin = f"official split files {names[0]} and {names[1]} beside {captions.source.name}"
-            return split_by_files(captions.rows, *files, origin)
-    return split_by_hash(captions.rows, dev_fraction, seed)
+            return replace(split_by_files(captions.rows, *files, origin), missing=captions.missing)
+    return replace(split_by_hash(captions.rows, dev_fraction, seed), missing=captions.missing)
 
 
 def split_by_files(rows: tuple[CaptionedImage, ...], train: Path, dev: Path, origin: str) -> Splits:

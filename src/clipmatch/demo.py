@@ -18,6 +18,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from clipmatch.config import ModelConfig, TrainConfig
 from clipmatch.data import CaptionedImage, Splits, load_captions, split_captions
+from clipmatch.errors import ClipmatchError
 from clipmatch.preprocess import Tokenizer
 from clipmatch.scenes import generate
 
@@ -97,9 +98,8 @@ def learn_tokenizer(rows: tuple[CaptionedImage, ...], vocab_size: int = 400) -> 
 def run_demo(out: Path, seed: int = 0) -> str:
     """Run everything, or what is left of an interrupted run -> the text to print."""
     from clipmatch.checkpoint import write_json
-    from clipmatch.cli import recall_table
     from clipmatch.embedder import load_model
-    from clipmatch.evaluation import evaluate
+    from clipmatch.evaluation import evaluate, recall_table
     from clipmatch.report import write_demo_report
     from clipmatch.runlog import read_history
     from clipmatch.search import find_matches
@@ -109,7 +109,7 @@ def run_demo(out: Path, seed: int = 0) -> str:
     splits = split_captions(load_captions(folder))
     finished = train_small(out / "run", splits, seed)
     if not finished:
-        raise SystemExit(130)
+        raise ClipmatchError("The demo was stopped; the same command goes on where it was.")
     embedder = load_model(out / "run")
     evaluation = evaluate(embedder, splits.dev)
     write_json(out / "evaluation.json", evaluation.to_json())
@@ -137,11 +137,19 @@ def train_small(run: Path, splits: Splits, seed: int) -> bool:
     going_on = is_unfinished(run, settings)
     if going_on:
         print(f"going on with the run in {run}", file=sys.stderr)
-    elif (run / "train.json").is_file():
-        shutil.rmtree(run)  # an earlier demo's
+    elif is_demo(run):
+        shutil.rmtree(run)
     tokenizer = learn_tokenizer(splits.train)
     model = small_model(tokenizer.vocab_size)
     return train(splits, settings, model, tokenizer=tokenizer, resume=going_on).finished
+
+
+def is_demo(run: Path) -> bool:
+    """Whether a folder holds an earlier demo's run, which a new one may replace."""
+    try:
+        return bool(json.loads((run / "train.json").read_text())["data"] is None)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def is_unfinished(run: Path, settings: TrainConfig) -> bool:

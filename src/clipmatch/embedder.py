@@ -6,7 +6,7 @@ captions, ranks or stores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clipmatch.errors import ClipmatchError
 from clipmatch.preprocess import ImageError, Transform, load_image
-from clipmatch.runtime import choose_device, choose_precision, usable_cores
+from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 
 if TYPE_CHECKING:
     from clipmatch.checkpoint import Checkpoint
@@ -32,6 +32,11 @@ class Failure:
 
     path: Path
     reason: str
+
+
+def missing_files(names: Iterable[str]) -> list[Failure]:
+    """Names that a caption file lists but the image folder lacks -> failures."""
+    return [Failure(Path(name), "does not exist") for name in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +88,7 @@ class TorchEmbedder:
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, precision: str | None = None):
         self.checkpoint = checkpoint
         self.fingerprint = checkpoint.fingerprint
+        reuse_memory()
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, precision or "float32")
         self.model = checkpoint.model.to(self.device).eval()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.data import CaptionedImage, CaptionSet, content_hash
+from clipmatch.embedder import missing_files
 from clipmatch.errors import ClipmatchError
 
 if TYPE_CHECKING:
@@ -154,13 +155,14 @@ def evaluate(
 ) -> Evaluation:
     """A model (or its folder) and captioned pictures -> figures both ways.
 
-    Pictures that can't be read are left out with their captions and listed in `failures`. The split hash is that of the
-    data as given, so it names the split whether or not every file could be read.
+    Pictures that are missing or can't be read are left out with their captions and listed in `failures`. The split
+    hash is that of the data as given, so it names the split whether or not every file could be read.
 
     Raises `ClipmatchError` if there is nothing to measure: no rows, a row without captions, no readable picture.
     """
     rows = tuple(data.rows if isinstance(data, CaptionSet) else data)
     _check_captioned(rows)
+    absent = missing_files(data.missing) if isinstance(data, CaptionSet) else []
     embedder = _embedder(model)
     images = embedder.embed_images([row.path for row in rows], progress=progress)
     kept = _readable(rows, images)
@@ -178,11 +180,25 @@ def evaluate(
         paths=tuple(row.path for row in kept),
         captions=captions,
         split_hash=content_hash(rows),
-        failures=tuple(images.failures),
+        failures=(*absent, *images.failures),
         fingerprint=embedder.fingerprint,
         model_path=str(model) if isinstance(model, str | Path) else None,
         seed=seed,
     )
+
+
+def recall_table(figures: dict[str, Any]) -> str:
+    """The figures as a small table, percent."""
+    lines = [f"{figures['images']} images, {figures['captions']} captions; percent (95 % interval; chance)"]
+    for direction, label in (("text_to_image", "text -> image"), ("image_to_text", "image -> text")):
+        part = figures[direction]
+        cells = []
+        for k in (1, 5, 10):
+            low, high = (100 * bound for bound in part["interval"][f"recall@{k}"])
+            chance = 100 * part["chance"][f"recall@{k}"]
+            cells.append(f"R@{k} {100 * part[f'recall@{k}']:.1f} ({low:.1f}-{high:.1f}; {chance:.1f})")
+        lines.append(f"{label}  {'  '.join(cells)}  median rank {part['median_rank']:g}")
+    return "\n".join(lines)
 
 
 def _figures(text_ranks: Integers, image_ranks: Integers, owner: Integers, seed: int, bootstrap: bool) -> Figures:

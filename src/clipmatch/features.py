@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,9 +29,9 @@ from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import to_json
 from clipmatch.embedder import Failure
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import hidden_width
+from clipmatch.model import hidden_width, tower_config, trained_part
 from clipmatch.preprocess import ImageError, load_image
-from clipmatch.runtime import Precision
+from clipmatch.runtime import Precision, cache_folder
 
 BATCH = 64
 VERSION = 1  # of the rows' meaning: raise it when the same key would give other numbers
@@ -63,7 +62,7 @@ class FeatureStore:
         keys_file, rows_file = self.folder / "keys.txt", self.folder / "rows.bin"
         keys_file.touch()
         rows_file.touch()
-        lines = keys_file.read_text().split("\n")[:-1]  # what follows the last newline is half a key
+        lines = keys_file.read_bytes().decode().split("\n")[:-1]  # what follows the last newline is half a key
         count = min(len(lines), rows_file.stat().st_size // self.row_bytes)
         self.keys = {key: place for place, key in enumerate(lines[:count])}
         os.truncate(rows_file, count * self.row_bytes)
@@ -78,8 +77,8 @@ class FeatureStore:
             file.write(values.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        with (self.folder / "keys.txt").open("a") as file:
-            file.writelines(f"{key}\n" for key in keys)
+        with (self.folder / "keys.txt").open("ab") as file:  # bytes: line ends are the same on every system
+            file.write("".join(f"{key}\n" for key in keys).encode())
         first = len(self.keys)
         self.keys.update({key: first + number for number, key in enumerate(keys)})
 
@@ -93,8 +92,8 @@ class FeatureStore:
 
 
 def cache_root() -> Path:
-    """The folder for features: CLIPMATCH_CACHE, or the system's place for caches."""
-    return Path(os.environ.get("CLIPMATCH_CACHE") or user_cache_path("clipmatch")) / "features"
+    """The folder of all feature stores."""
+    return cache_folder() / "features"
 
 
 def image_features(
@@ -122,6 +121,7 @@ def image_features(
         str(precision.dtype),
     ]
     digests, failures = content_keys(paths)
+    reasons: dict[str, str] = {}  # of pictures that can't be decoded, by content: copies fail alike
     keys = np.array([[f"{digest}:{view}" if digest else "" for digest in digests] for view in range(views)])
 
     def forward(batch: Tensor) -> Tensor:
@@ -133,8 +133,7 @@ def image_features(
             try:
                 image = load_image(paths[item], min_size=transform.config.size * (2 if view else 1))
             except ImageError as error:
-                if view == 0:
-                    failures.append(Failure(paths[item], error.reason))
+                reasons[digests[item]] = error.reason
                 continue
             if view:  # the same view of the same picture in every run
                 image = transform.augment(image, np.random.default_rng([view, int(digests[item], 16)]), flip=flip)
@@ -148,8 +147,9 @@ def image_features(
     with torch.inference_mode():  # a blank picture tells the shape of a row
         blank = torch.zeros(1, 3, transform.config.size, transform.config.size, device=device)
         shape = tuple(forward(blank).shape[1:])
-    store = FeatureStore(folder_for("image", encoder.backbone, recipe), shape)
+    store = FeatureStore(folder_for("image", encoder.backbone, recipe, last_blocks), shape)
     fill(store, keys, compute, precision, device, "image features", progress)
+    failures += [Failure(path, reasons[key]) for path, key in zip(paths, digests, strict=True) if key in reasons]
     return store.table(keys), failures
 
 
@@ -164,7 +164,7 @@ def text_features(
     """Pooled features [h] of each caption under a frozen text tower; places [m]."""
     encoder, tokenizer = checkpoint.model.text_encoder, checkpoint.tokenizer
     length = checkpoint.model.config.max_length
-    recipe = [length, encoder.pooling, str(precision.dtype), tokenizer.vocab_size]
+    recipe = [length, encoder.pooling, str(precision.dtype), tokenizer.fingerprint]
     keys = np.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts])
 
     def compute(jobs: list[tuple[int, int]]) -> tuple[list[str], Tensor]:
@@ -226,10 +226,17 @@ def content_keys(paths: Sequence[Path]) -> tuple[list[str], list[Failure]]:
     return digests, failures
 
 
-def folder_for(kind: str, backbone: nn.Module, recipe: list[Any]) -> Path:
-    """The store's folder: a kind, and a hash of the weights and of everything else that shapes a row."""
-    digest = hashlib.sha256(json.dumps([VERSION, recipe]).encode())
-    for name, value in backbone.state_dict().items():
+def folder_for(kind: str, backbone: nn.Module, recipe: list[Any], last_blocks: int = 0) -> Path:
+    """The store's folder: a kind, and a hash of the weights and of everything else that shapes a row.
+
+    The last blocks, when they are being trained, and the norm after them do not shape it: a resumed run finds its rows.
+    """
+    digest = hashlib.sha256(json.dumps([VERSION, recipe, tower_config(backbone)], default=str).encode())
+    parts = trained_part(backbone, last_blocks)
+    learning = {id(value) for part in parts for value in part.state_dict(keep_vars=True).values()}
+    for name, value in backbone.state_dict(keep_vars=True).items():
+        if id(value) in learning:
+            continue
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return cache_root() / f"{kind}-{digest.hexdigest()[:16]}"

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
 from clipmatch.errors import ClipmatchError
+from clipmatch.runtime import cache_folder
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"))
 SCHEMA = 1
@@ -84,7 +84,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 def store_path() -> Path:
     """CLIPMATCH_CACHE/vectors.sqlite, or the same in the system's place for caches."""
-    return Path(os.environ.get("CLIPMATCH_CACHE") or user_cache_path("clipmatch")) / "vectors.sqlite"
+    return cache_folder() / "vectors.sqlite"
 
 
 @contextmanager

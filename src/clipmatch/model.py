@@ -137,6 +137,15 @@ def blocks_of(backbone: nn.Module) -> nn.ModuleList:
     return lists[0]
 
 
+def trained_part(backbone: nn.Module, last: int) -> list[nn.Module]:
+    """The last `last` blocks and the norm that follows them; nothing for 0."""
+    if not last:
+        return []
+    blocks = blocks_of(backbone)
+    norms = [child for name, child in backbone.named_children() if "norm" in name.lower()]
+    return [*blocks[len(blocks) - last :], *norms]
+
+
 def last_hidden_state(output: Any, backbone: nn.Module) -> Tensor:
     """A backbone's output -> hidden states [b, t, h]; feature maps [b, h, y, x] become y * x tokens."""
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
@@ -258,6 +267,7 @@ class CLIPModel(nn.Module):
         self.config = config = config or ModelConfig()
         self.image_encoder = ImageEncoder(config.image_tower, config.embed_dim, config.image_pooling)
         self.text_encoder = TextEncoder(config.text_tower, config.embed_dim, config.text_pooling)
+        self.feature_dropout = nn.Dropout(config.feature_dropout)
         self.image_projection = ProjectionHead(config.embed_dim, config.dropout)
         self.text_projection = ProjectionHead(config.embed_dim, config.dropout)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
@@ -285,11 +295,11 @@ class CLIPModel(nn.Module):
 
     def project_image(self, features: Tensor) -> Tensor:
         """Pooled image features [b, h] -> unit vectors [b, d], float32."""
-        return unit(self.image_projection(self.image_encoder.fc(features)))
+        return unit(self.image_projection(self.image_encoder.fc(self.feature_dropout(features))))
 
     def project_text(self, features: Tensor) -> Tensor:
         """Pooled text features [b, h] -> unit vectors [b, d], float32."""
-        return unit(self.text_projection(self.text_encoder.fc(features)))
+        return unit(self.text_projection(self.text_encoder.fc(self.feature_dropout(features))))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Images and texts -> logits [b images, b texts]: cosine times logit scale."""

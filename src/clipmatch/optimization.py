@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipmatch.config import TrainConfig
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import CLIPModel, blocks_of
+from clipmatch.model import CLIPModel, blocks_of, trained_part
 
 
 def unfreeze(backbone: nn.Module, tune: int | str) -> int:
@@ -27,11 +27,8 @@ def unfreeze(backbone: nn.Module, tune: int | str) -> int:
     blocks = blocks_of(backbone)
     if tune > len(blocks):
         raise ClipmatchError(f"The tower has {len(blocks)} blocks, fewer than the {tune} to tune; give all.")
-    for block in blocks[len(blocks) - tune :]:
-        block.requires_grad_(True)
-    for name, child in backbone.named_children():  # the norm that follows the last block
-        if "norm" in name.lower():
-            child.requires_grad_(True)
+    for part in trained_part(backbone, tune):
+        part.requires_grad_(True)
     return tune
 
 
@@ -110,5 +107,6 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers.items()]:
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        # A copy: the file stays mapped otherwise, and some systems do not let a mapped file be replaced.
+        state.setdefault(int(number), {})[name] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,6 +7,7 @@ Shapes: b images or texts, s the side of the square in pixels, t tokens, h and w
 
 from __future__ import annotations
 
+import hashlib
 import math
 import stat
 import struct
@@ -301,6 +302,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self.backend.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of SHA-256 over the whole tokenizer: vocabularies of one size are still told apart."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def __call__(
         self,

@@ -16,10 +16,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipmatch.data import CaptionSet
+
 
 def note(text: str) -> None:
     """A line on stderr that does not break the progress bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+def note_quirks(captions: CaptionSet) -> None:
+    """What was repaired, dropped or missing in a caption file, counted, with the first of each."""
+    for what, notes in (("repaired", captions.repaired), ("dropped", captions.dropped)):
+        if notes:
+            note(f"{captions.source}: {len(notes)} lines {what}, the first: line {notes[0].line} ({notes[0].text})")
+    if captions.missing:
+        note(f"{captions.source}: {len(captions.missing)} images do not exist, the first: {captions.missing[0]}")
 
 
 @contextmanager
@@ -69,7 +80,8 @@ class RunLog:
         """A step's figures."""
         self.write(row)
         for name in ("loss", "learning_rate", "gradient_norm", "logit_scale", "pairs_per_second"):
-            self.board.add_scalar(f"train/{name}", row[name], row["step"])  # type: ignore[no-untyped-call]
+            if row[name] is not None:
+                self.board.add_scalar(f"train/{name}", row[name], row["step"])  # type: ignore[no-untyped-call]
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch's figures."""

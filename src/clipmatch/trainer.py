@@ -27,7 +27,7 @@ from clipmatch.checkpoint import (
 )
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
-from clipmatch.embedder import Failure
+from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
 from clipmatch.loss import contrastive_loss
@@ -44,10 +44,11 @@ from clipmatch.optimization import (
     unpack_optimizer,
 )
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
-from clipmatch.runtime import choose_device, choose_precision, usable_cores
+from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+SAVE_EVERY = 60.0  # seconds between saves at the ends of epochs without a look at dev
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Trainer:
     ):
         self.settings, self.splits, self.progress = settings, splits, progress
         self.out = Path(settings.out)
+        reuse_memory()
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
@@ -86,7 +88,7 @@ class Trainer:
         if settings.gradient_checkpointing:
             for encoder in (self.model.image_encoder, self.model.text_encoder):
                 save_memory(encoder.backbone)
-        self.failures: list[Failure] = []
+        self.failures = missing_files(splits.missing)
         sources = Sources(checkpoint, settings, self.image_blocks, self.precision, self.device, progress)
         self.pairs, missing = sources.pairs(splits.train)
         self.dev, missing_dev = sources.dev_set(splits.dev)
@@ -106,6 +108,7 @@ class Trainer:
         self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
         self.step = 0
+        self.saved = time.perf_counter()
         self.best: dict[str, Any] | None = None
         self.looks_since_best = 0
         self.history: list[dict[str, Any]] = []
@@ -135,7 +138,7 @@ class Trainer:
         note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
         with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
             batches = iter(self.loader())
-            while self.step < total and not stop():
+            while self.step < total and not stop() and not self.exhausted:
                 figures = self.take_step(batches, total)
                 losses.append(figures["loss"])
                 log.step(figures)
@@ -143,14 +146,14 @@ class Trainer:
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", scale=f"{figures['logit_scale']:.1f}", refresh=False)
                 if self.step % self.steps_per_epoch == 0:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
-                    if self.end_epoch(log, float(np.mean(losses)), seconds, last=self.step == total):
-                        note(f"stopped early: no better dev recall in {self.settings.patience} looks")
-                        break
+                    self.end_epoch(log, float(np.mean(losses)), seconds, last=self.step == total)
                     losses = []
-            if stop():
+            if self.exhausted:
+                note(f"stopped early: no better dev recall in {self.settings.patience} looks")
+            elif self.step < total:
                 finished = False
                 self.save_last()
-                note(f"stopped at step {self.step} of {total}; go on with: clipmatch train --resume --out {self.out}")
+                note(f"stopped at step {self.step} of {total}; the run in {self.out} can be resumed")
         if self.best is None:
             self.look_at_dev()
         assert self.best is not None
@@ -179,11 +182,7 @@ class Trainer:
             pairs += len(batch.image_ids)
         if not math.isfinite(loss_sum):
             raise ClipmatchError(self.why_not_finite(loss_sum))
-        self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = self.descend() if pairs else 0.0
         self.step += 1
         return {
             "kind": "step",
@@ -191,10 +190,19 @@ class Trainer:
             "epoch": (self.step - 1) // self.steps_per_epoch,
             "loss": loss_sum,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,  # float16 skips such a step
             "logit_scale": float(self.model.logit_scale.detach()),
             "pairs_per_second": pairs / (time.perf_counter() - began),
         }
+
+    def descend(self) -> float:
+        """Clip the gradients and move the weights -> the gradients' norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward pass of one batch -> loss."""
@@ -220,19 +228,21 @@ class Trainer:
 
     # Dev, checkpoints
 
-    def end_epoch(self, log: RunLog, train_loss: float, seconds: float, last: bool) -> bool:
-        """Measure on dev when it is due, save, log -> whether to stop early."""
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.settings.patience is not None and self.looks_since_best >= self.settings.patience
+
+    def end_epoch(self, log: RunLog, train_loss: float, seconds: float, last: bool) -> None:
+        """Measure on dev when it is due, log, save."""
         epoch = self.step // self.steps_per_epoch
         row: dict[str, Any] = {"kind": "epoch", "epoch": epoch - 1, "step": self.step, "train_loss": train_loss}
         row["seconds"] = seconds
-        due = last or epoch % self.settings.evaluate_every == 0
-        if due:
+        if last or epoch % self.settings.evaluate_every == 0:
             row["dev"] = self.look_at_dev()
         log.epoch(row)
-        if due:
+        if "dev" in row or time.perf_counter() - self.saved > SAVE_EVERY:
             self.save_last()
-        patience = self.settings.patience
-        return patience is not None and self.looks_since_best >= patience
 
     def look_at_dev(self) -> dict[str, Any]:
         """Recall on dev; a better one than ever is saved as best/."""
@@ -268,6 +278,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         self.save("last", {OPTIMIZER: tensors, STATE: state})
+        self.saved = time.perf_counter()
 
     def save(self, name: str, extra: dict[str, Any] | None) -> None:
         """Write best/ or last/ as a model folder."""
@@ -292,7 +303,8 @@ class Trainer:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
         folder = find_folder(self.out / "last")
         unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
         self.looks_since_best = state["looks_since_best"]
         self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew

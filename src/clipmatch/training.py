@@ -2,6 +2,7 @@
 
     train(data, settings, model) -> Result
     OUT/best/  OUT/last/          model folders; last/ also holds what a resumed run needs
+    OUT/splits/                   train.txt and dev.txt: which picture was in which part
     OUT/log.jsonl  OUT/train.json  OUT/tensorboard/
 
 Knows how a run starts and where it lies; the loop itself is in `trainer`.
@@ -23,7 +24,7 @@ from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
 from clipmatch.preprocess import Tokenizer
-from clipmatch.runlog import note
+from clipmatch.runlog import note, note_quirks
 from clipmatch.runtime import seed_everything
 from clipmatch.trainer import STATE, Result, Trainer
 
@@ -50,7 +51,7 @@ def train(
     seed_everything(settings.seed)
     checkpoint = load_checkpoint(run / "last") if state else start_from(model, tokenizer)
     note(f"data: {len(splits.train)} pictures to train on, {len(splits.dev)} for dev ({splits.origin})")
-    write_plan(run, data, settings)
+    write_plan(run, data, splits, settings)
     return Trainer(checkpoint, splits, settings, state, progress).run()
 
 
@@ -60,19 +61,17 @@ def resume(run: str | Path, progress: bool = True) -> Result:
     try:
         plan = json.loads((path / "train.json").read_text())
         data, settings = from_json(DataConfig, plan["data"]), from_json(TrainConfig, plan["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ClipmatchError(f"{path} holds no run to resume (no train.json); start one without --resume.") from None
+    except (OSError, ValueError, KeyError):
+        raise ClipmatchError(f"{path} holds no run to resume; start one without --resume.") from None
+    except TypeError:  # its pictures were given in Python
+        raise ClipmatchError(f"{path} was started from Python: call train(..., resume=True) there.") from None
     return train(data, replace(settings, out=str(path)), resume=True, progress=progress)
 
 
 def read_splits(data: DataConfig) -> Splits:
     """Caption file -> train and dev; what was repaired, dropped or missing is counted on stderr."""
     captions = load_captions(data.captions, data.images, data.format)
-    for what, notes in (("repaired", captions.repaired), ("dropped", captions.dropped)):
-        if notes:
-            note(f"{captions.source}: {len(notes)} lines {what}, the first: line {notes[0].line} ({notes[0].text})")
-    if captions.missing:
-        note(f"{captions.source}: {len(captions.missing)} pictures are not there, the first: {captions.missing[0]}")
+    note_quirks(captions)
     return split_captions(captions, data.train_split, data.dev_split, data.dev_fraction)
 
 
@@ -98,11 +97,24 @@ def find_state(run: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def write_plan(run: Path, data: DataConfig | Splits, settings: TrainConfig) -> None:
-    """Save what `resume` needs; splits made in Python are not saved, so such a run is resumed from Python."""
+def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: TrainConfig) -> None:
+    """Save what `resume` needs, and which pictures are in which part."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClipmatchError(f"The folder {run} can't be made ({error.strerror}); choose another --out.") from error
-    plan = {"data": to_json(data) if isinstance(data, DataConfig) else None, "settings": to_json(settings)}
+    plan = {"data": absolute(data) if isinstance(data, DataConfig) else None, "settings": to_json(settings)}
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
+    (run / "splits").mkdir(exist_ok=True)
+    for name, rows in (("train", splits.train), ("dev", splits.dev)):
+        names = "".join(f"{row.path.name}\n" for row in rows)
+        (run / "splits" / f"{name}.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
+
+
+def absolute(data: DataConfig) -> dict[str, Any]:
+    """The data's config with absolute paths, so that a run can be resumed from any folder."""
+    values = to_json(data)
+    for name in ("captions", "images", "train_split", "dev_split"):
+        if values[name] is not None:
+            values[name] = str(Path(values[name]).expanduser().absolute())
+    return values
