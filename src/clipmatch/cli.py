@@ -62,7 +62,7 @@ def main() -> None:
     """Match text to images.
 
     \b
-    See it work, offline, in four minutes:
+    See it work, offline, in three minutes:
         clipmatch demo
     Train on your own captioned photographs, measure on those held out, search:
         clipmatch train --captions captions.txt --images Images --out out/mine

@@ -57,6 +57,7 @@ def small_model(vocab_size: int) -> ModelConfig:
         image_pooling="mean",
         text_pooling="mean",
         max_length=40,
+        feature_dropout=0.0,
         dropout=0.0,  # every picture is seen a few times only: there is nothing to overfit yet
     )
 
