@@ -22,7 +22,7 @@ def test_the_report_stands_alone(demo):
     folder, _ = demo
     page = (folder / "report.html").read_text()
     assert "data:image/jpeg;base64," in page
-    assert "three small green hearts at night" in page
+    assert "two big black fish in the sea" in page
     for outside in ('src="http', "src='http", 'href="http', "<script src", "@import"):
         assert outside not in page
 

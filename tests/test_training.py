@@ -89,7 +89,7 @@ def test_training_learns_what_it_is_shown(splits, tokenizer, tmp_path):
     few = Splits(splits.train[:16], splits.train[:16], "the same pictures")
     rate = 3e-3
     settings = whole(tmp_path / "run", epochs=60, evaluate_every=60, rate_heads=rate, rate_image=rate, rate_text=rate)
-    model = tiny(tokenizer, dropout=0.0, image_pooling="mean", text_pooling="mean")
+    model = tiny(tokenizer, dropout=0.0, feature_dropout=0.0, image_pooling="mean", text_pooling="mean")
     result = train(few, settings, model, tokenizer=tokenizer, progress=False)
     assert result.finished
     assert result.dev["text_to_image"]["recall@1"] > 0.8  # chance: 1/16

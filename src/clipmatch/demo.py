@@ -25,7 +25,7 @@ from clipmatch.scenes import generate
 SIZE = 64  # pixels of a scene
 QUERIES = (
     "a big red circle to the left of a small blue star",
-    "three small green hearts at night",
+    "two big black fish in the sea",
     "a yellow house above a purple fish",
     "two orange trees in the desert",
 )
