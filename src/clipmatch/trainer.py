@@ -74,14 +74,15 @@ class Trainer:
         progress: bool,
     ):
         self.settings, self.splits, self.progress = settings, splits, progress
+        self.train_hash, self.dev_hash = content_hash(splits.train), content_hash(splits.dev)
         self.out = Path(settings.out)
         reuse_memory()
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
-        self.image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
-        self.text_blocks = unfreeze(self.model.text_encoder.backbone, settings.tune_text)
+        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
+        unfreeze(self.model.text_encoder.backbone, settings.tune_text)
         refuse_frozen_random(checkpoint, settings)
         choose_attention(self.model.text_encoder.backbone, self.model.config.max_length, self.device)
         choose_attention(self.model.image_encoder.backbone, image_tokens(self.model), self.device)
@@ -89,7 +90,7 @@ class Trainer:
             for encoder in (self.model.image_encoder, self.model.text_encoder):
                 save_memory(encoder.backbone)
         self.failures = missing_files(splits.missing)
-        sources = Sources(checkpoint, settings, self.image_blocks, self.precision, self.device, progress)
+        sources = Sources(checkpoint, settings, image_blocks, self.precision, self.device, progress)
         self.pairs, missing = sources.pairs(splits.train)
         self.dev, missing_dev = sources.dev_set(splits.dev)
         self.failures += missing + missing_dev
@@ -268,7 +269,7 @@ class Trainer:
         """Everything that a resumed run needs."""
         tensors, numbers = pack_optimizer(self.optimizer)
         state = {
-            "split_hash": content_hash(self.splits.train),
+            "split_hash": self.train_hash,
             "step": self.step,
             "total": self.steps_per_epoch * self.settings.epochs,
             "best": self.best,
@@ -286,8 +287,8 @@ class Trainer:
             **self.checkpoint.about,
             "trained_on": {
                 "pictures": len(self.splits.train),
-                "split_hash": content_hash(self.splits.train),
-                "dev_split_hash": content_hash(self.splits.dev),
+                "split_hash": self.train_hash,
+                "dev_split_hash": self.dev_hash,
             },
             "training": {**to_json(self.settings), "out": None},  # a path of one machine
             "step": self.step,
@@ -299,7 +300,7 @@ class Trainer:
         """Continue where `save_last` was called."""
         from safetensors.torch import load_file
 
-        if state["split_hash"] != content_hash(self.splits.train):
+        if state["split_hash"] != self.train_hash:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
         folder = find_folder(self.out / "last")
         unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
