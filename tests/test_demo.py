@@ -1,7 +1,9 @@
 """The demo as a newcomer runs it, in full: the promise of the README's first screen."""
 
 import json
+import re
 
+from clipmatch.data import load_captions
 from clipmatch.demo import is_unfinished, small_settings
 
 
@@ -19,12 +21,23 @@ def test_the_demo_keeps_its_promise(demo):
 
 
 def test_the_report_stands_alone(demo):
-    folder, _ = demo
+    folder, output = demo
     page = (folder / "report.html").read_text()
     assert "data:image/jpeg;base64," in page
-    assert "two big black fish in the sea" in page
+    assert all(query in page for query in re.findall(r'^"(.+)"$', output, re.MULTILINE))
     for outside in ('src="http', "src='http", 'href="http', "<script src", "@import"):
         assert outside not in page
+
+
+def test_the_queries_have_an_answer_and_most_find_it(demo):
+    folder, output = demo
+    rows = load_captions(folder / "scenes").rows
+    dev = [row for row in rows if row.path.name.startswith("dev")]
+    asked = re.findall(r'^"(.+)"\n((?:  .+\n)+)', output, re.MULTILINE)
+    assert len(asked) == 4
+    answers = [[row.path.name for row in dev if query in row.captions] for query, _ in asked]
+    assert all(answers)
+    assert sum(any(name in found for name in names) for names, (_, found) in zip(answers, asked, strict=True)) >= 2
 
 
 def test_a_finished_run_is_not_resumed(demo):
