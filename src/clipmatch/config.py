@@ -45,7 +45,7 @@ class ModelConfig:
 
     image_tower: str | dict[str, Any] = DEFAULT_IMAGE_TOWER
     text_tower: str | dict[str, Any] = DEFAULT_TEXT_TOWER
-    image_pooling: str = "cls"  # the class token; "mean": average of the patch tokens; "cls+mean": both
+    image_pooling: str = "cls"  # the class token; "mean", "cls+mean", "mean+max": of the patch tokens, side by side
     text_pooling: str = "cls"  # the first token; "mean": average over real (unpadded) tokens
     embed_dim: int = 256
     dropout: float = 0.1  # in the projection heads
@@ -55,7 +55,7 @@ class ModelConfig:
     max_logit_scale: float = 100.0  # CLIP's clamp: beyond it training destabilises
 
     def __post_init__(self) -> None:
-        poolings = ("cls", "mean", "cls+mean")
+        poolings = ("cls", "mean", "cls+mean", "mean+max")
         require(self.image_pooling in poolings, f"image_pooling must be one of {poolings}", self.image_pooling)
         require(self.text_pooling in poolings[:2], f"text_pooling must be one of {poolings[:2]}", self.text_pooling)
         require(self.max_length >= 3, "max_length must leave room for a word between two marks", self.max_length)
@@ -94,6 +94,10 @@ class TrainConfig:
     weight_decay: float = 0.1  # not on norms, biases and logit scale
     warmup: float = 0.05  # fraction of all steps with rising rate; a cosine to zero follows
     clip_norm: float = 1.0
+    average: float = 0.0  # of the weights over the steps, exponential with this decay, is measured and kept; 0: none
+    concepts: str | None = None  # a file of `clipmatch.concepts`, learnt beside the pairs
+    concept_weight: float = 0.3  # of their loss
+    concept_batch: int = 200  # concepts a batch
     views: int = 1  # cached views of each picture: the plain one and views - 1 augmented ones
     augment: bool = False  # live augmentation, when the image tower is trained as a whole
     flip: bool = True  # mirror in augmented views; wrong for captions with "left" and "right"
@@ -116,6 +120,7 @@ class TrainConfig:
         require(self.batch_size > 1, "batch_size must be at least 2: a pair needs negatives", self.batch_size)
         for name in ("rate_heads", "rate_image", "rate_text", "clip_norm"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        require(0 <= self.average < 1, "average must be in [0, 1)", self.average)
         require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
         require(self.seed >= 0, "seed must not be negative", self.seed)
         require(self.workers is None or self.workers >= 0, "workers must not be negative", self.workers)

@@ -93,8 +93,8 @@ def learn_tokenizer(rows: tuple[CaptionedImage, ...], vocab_size: int = 400) -> 
 
 def run_demo(out: Path, seed: int = 0) -> str:
     """Run everything, or what is left of an interrupted run -> the text to print."""
-    from clipmatch.checkpoint import write_json
-    from clipmatch.embedder import load_model
+    from clipmatch.checkpoint import load_checkpoint, write_json
+    from clipmatch.embedder import TorchEmbedder
     from clipmatch.evaluation import evaluate, recall_table
     from clipmatch.report import write_demo_report
     from clipmatch.runlog import read_history
@@ -106,7 +106,7 @@ def run_demo(out: Path, seed: int = 0) -> str:
     finished = train_small(out / "run", splits, seed)
     if not finished:
         raise ClipmatchError("The demo was stopped; the same command goes on where it was.")
-    embedder = load_model(out / "run")
+    embedder = TorchEmbedder(load_checkpoint(out / "run"))
     evaluation = evaluate(embedder, splits.dev)
     write_json(out / "evaluation.json", evaluation.to_json())
     gallery = [row.path for row in splits.dev]

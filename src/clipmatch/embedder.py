@@ -1,29 +1,52 @@
-"""Photographs and sentences -> unit vectors, behind one small interface.
+"""Photographs and sentences -> unit vectors, behind one small interface, by PyTorch or ONNX Runtime.
 
-In: image paths or strings. Out: float32 rows of length 1, and the files that could not be read. Knows nothing of
-captions, ranks or stores.
+In: the name of a model; image paths or strings. Out: float32 rows of length 1, and the files that could not be read.
+Knows nothing of captions, ranks or stores. PyTorch is imported only for a model that needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from clipmatch.config import PreprocessConfig, from_json
 from clipmatch.errors import ClipmatchError
-from clipmatch.preprocess import ImageError, Transform, load_image
+from clipmatch.modelfolder import (
+    CONFIG,
+    EMBEDDED,
+    IMAGE_GRAPH,
+    TEXT_GRAPH,
+    TOKENIZER,
+    WEIGHTS,
+    find_folder,
+    find_local,
+    hub_config,
+    is_hub_name,
+    kind_of,
+    read_config,
+)
+from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from clipmatch.checkpoint import Checkpoint
 
 BATCH = 64
+INSTALL = 'pip install "clipmatch[train]"'
+
+EncodePixels: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+EncodeStrings: TypeAlias = Callable[[list[str]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -63,67 +86,80 @@ class Embedder(Protocol):
         ...
 
 
-def load_model(folder: str | Path, device: str | None = None, precision: str | None = None) -> TorchEmbedder:
-    """A model folder (or a training run's folder, or a hub repository of one) -> something that embeds.
+class BatchedEmbedder(ABC):
+    """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
 
-    device: "cpu", "cuda", ...; None takes the fastest. precision: "float32" (the default: exact and the same
-    everywhere), "bfloat16", "float16".
-    Raises ClipmatchError if the folder is no model, or PyTorch is not installed.
+    A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`.
     """
-    try:
-        from clipmatch.checkpoint import load_checkpoint
-    except ModuleNotFoundError as error:
-        raise missing_training_extra(error) from error
-    return TorchEmbedder(load_checkpoint(folder), device, precision)
+
+    fingerprint: str
+    dim: int
+    transform: Transform
+
+    @abstractmethod
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [b, s, s, 3], as `transform.pixels` makes them -> unit rows [b, d]."""
+
+    @abstractmethod
+    def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
+        """B strings -> unit rows [b, d]."""
+
+    def embed_images(self, paths: Sequence[str | Path], progress: bool = True) -> ImageEmbeddings:
+        """Paths -> unit rows [n, d] for those that can be read."""
+        return self.map_images(self.encode_pixels, (self.dim,), paths, progress)
+
+    def embed_texts(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
+        """M strings -> [m, d] unit rows."""
+        return self.map_texts(self.encode_strings, (self.dim,), texts, progress)
+
+    def map_images(
+        self, encode: EncodePixels, shape: tuple[int, ...], paths: Sequence[str | Path], progress: bool
+    ) -> ImageEmbeddings:
+        """Paths -> what `encode` makes of their pixels, a row of `shape` for each file that can be read."""
+        files, failures, rows = [], [], []
+        bar = tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH)
+        for batch in read_batches([Path(path) for path in paths], self.transform):
+            failures += batch.failures
+            if batch.paths:
+                files += batch.paths
+                rows.append(encode(batch.pixels))
+            bar.update(len(batch.paths) + len(batch.failures))
+        bar.close()
+        return ImageEmbeddings(stack(rows, shape), files, failures)
+
+    def map_texts(
+        self, encode: EncodeStrings, shape: tuple[int, ...], texts: Sequence[str], progress: bool
+    ) -> NDArray[np.float32]:
+        """M strings -> [m, *shape]: what `encode` makes of them, in batches."""
+        starts = range(0, len(texts), BATCH * 4)
+        bar = tqdm(starts, desc="texts", unit="batch", disable=not progress or len(starts) < 8)
+        return stack([encode(list(texts[start : start + BATCH * 4])) for start in bar], shape)
 
 
-def missing_training_extra(error: ModuleNotFoundError) -> ClipmatchError:
-    """The sentence for a core installation that meets a PyTorch model."""
-    return ClipmatchError(f'This needs the package {error.name}; install it with: pip install "clipmatch[train]"')
-
-
-class TorchEmbedder:
+class TorchEmbedder(BatchedEmbedder):
     """An `Embedder` around a PyTorch checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, precision: str | None = None):
         self.checkpoint = checkpoint
-        self.fingerprint = checkpoint.fingerprint
+        self.fingerprint, self.transform = checkpoint.fingerprint, checkpoint.transform
         reuse_memory()
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, precision or "float32")
         self.model = checkpoint.model.to(self.device).eval()
         self.dim = self.model.config.embed_dim
 
-    def embed_images(self, paths: Sequence[str | Path], progress: bool = True) -> ImageEmbeddings:
-        """Paths -> unit rows [n, d] for those that can be read."""
-        files, failures, rows = [], [], []
-        bar = tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH)
-        for batch in read_batches([Path(path) for path in paths], self.checkpoint.transform):
-            failures += batch.failures
-            if batch.paths:
-                files += batch.paths
-                rows.append(self._image_rows(batch.pixels))
-            bar.update(len(batch.paths) + len(batch.failures))
-        bar.close()
-        return ImageEmbeddings(stack(rows, self.dim), files, failures)
-
-    def embed_texts(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
-        """M strings -> [m, d] unit rows."""
-        rows = []
-        starts = range(0, len(texts), BATCH * 4)
-        for start in tqdm(starts, desc="texts", unit="batch", disable=not progress or len(starts) < 8):
-            batch = list(texts[start : start + BATCH * 4])
-            tokens = self.checkpoint.tokenizer(
-                batch, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
-            )
-            rows.append(self._run(self.model.encode_text, tokens["input_ids"], tokens["attention_mask"]))
-        return stack(rows, self.dim)
-
-    def _image_rows(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 [b, s, s, 3] -> [b, d]."""
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [b, s, s, 3] -> unit rows [b, d]."""
         import torch
 
-        return self._run(self.model.encode_image, torch.from_numpy(self.checkpoint.transform.normalise(pixels)))
+        return self._run(self.model.encode_image, torch.from_numpy(self.transform.normalise(pixels)))
+
+    def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
+        """B strings -> unit rows [b, d]."""
+        tokens = self.checkpoint.tokenizer(
+            texts, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
+        )
+        return self._run(self.model.encode_text, tokens["input_ids"], tokens["attention_mask"])
 
     def _run(self, encode: Any, *inputs: Any) -> NDArray[np.float32]:
         import torch
@@ -132,6 +168,186 @@ class TorchEmbedder:
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             rows: NDArray[np.float32] = encode(*(value.to(self.device) for value in inputs)).float().cpu().numpy()
         return rows
+
+
+class OnnxEmbedder(BatchedEmbedder):
+    """An `Embedder` around a folder with image.onnx and text.onnx: no PyTorch, on the CPU.
+
+    A graph is read when it is first needed, so a search among remembered pictures loads the text side alone.
+    Raises ClipmatchError when the folder is incomplete or its files don't fit together.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        values = read_config(self.folder)
+        try:
+            self.dim, self.max_length = int(values["model"]["embed_dim"]), int(values["model"]["max_length"])
+            self.transform = Transform(from_json(PreprocessConfig, values["preprocess"]))
+            self.tokenizer = Tokenizer.from_file(self.folder / TOKENIZER)
+        except (ClipmatchError, LookupError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+        for name in (IMAGE_GRAPH, TEXT_GRAPH):
+            if not (self.folder / name).is_file():
+                raise self._damaged(f"it has no {name}")
+        self.about: dict[str, Any] = values.get("about", {})
+        self.fingerprint = values["fingerprint"]
+
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [b, s, s, 3] -> unit rows [b, d]."""
+        return self.run_image(pixels, "embedding")
+
+    def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
+        """B strings -> unit rows [b, d]."""
+        return self.run_text(texts, "embedding")
+
+    def run_image(self, pixels: NDArray[np.uint8], output: str) -> NDArray[np.float32]:
+        """uint8 [b, s, s, 3] -> the graph's output of that name: "embedding" [b, d], "features" [b, h], "grid"
+        [b, p, d] (of each place in the picture, where the graph has it).
+        """
+        return self._run(self.image_session, output, {"pixels": pixels})
+
+    def run_text(self, texts: list[str], output: str) -> NDArray[np.float32]:
+        """B strings -> the graph's output of that name: "embedding" [b, d] or "features" [b, h]."""
+        tokens = self.tokenizer(texts, padding=True, max_length=self.max_length, return_tensors="np")
+        return self._run(self.text_session, output, tokens)
+
+    def features_of_images(
+        self, paths: Sequence[str | Path], output: str = "features", progress: bool = True
+    ) -> ImageEmbeddings:
+        """Paths -> rows of the image graph's output of that name, for the files that can be read."""
+        shape = output_shape(self.image_session, output)
+        return self.map_images(lambda pixels: self.run_image(pixels, output), shape, paths, progress)
+
+    def features_of_texts(
+        self, texts: Sequence[str], output: str = "features", progress: bool = False
+    ) -> NDArray[np.float32]:
+        """M strings -> rows of the text graph's output of that name."""
+        shape = output_shape(self.text_session, output)
+        return self.map_texts(lambda batch: self.run_text(batch, output), shape, texts, progress)
+
+    @cached_property
+    def image_session(self) -> InferenceSession:
+        """The image graph, ready to run."""
+        side = self.transform.config.size
+        session = self._open(IMAGE_GRAPH, ["pixels"])
+        found = session.get_inputs()[0].shape[1:]
+        if found != [side, side, 3]:
+            raise self._damaged(f"{IMAGE_GRAPH} takes pictures of {found}, {CONFIG} says {[side, side, 3]}")
+        return session
+
+    @cached_property
+    def text_session(self) -> InferenceSession:
+        """The text graph, ready to run."""
+        return self._open(TEXT_GRAPH, ["input_ids", "attention_mask"])
+
+    def _open(self, name: str, inputs: list[str]) -> InferenceSession:
+        """A graph of the folder, checked for its inputs and the width of its embedding."""
+        try:
+            session = open_session(self.folder / name)
+        except Exception as error:  # ONNX Runtime has a dozen kinds, without a common base
+            raise self._damaged(error) from error
+        found = [value.name for value in session.get_inputs()]
+        if found != inputs:
+            raise self._damaged(f"{name} takes {', '.join(found)} instead of {', '.join(inputs)}")
+        width = output_shape(session, "embedding")
+        if width != (self.dim,):
+            numbers = " x ".join(map(str, width))
+            raise self._damaged(f"{name} gives embeddings of {numbers} numbers, {CONFIG} says {self.dim}")
+        return session
+
+    def _run(self, session: InferenceSession, output: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """One output of a graph; inputs by name."""
+        try:
+            rows: NDArray[np.float32] = session.run([output], inputs)[0]
+        except Exception as error:  # such as a token that the graph has no vector for
+            raise self._damaged(error) from error
+        return rows
+
+    def _damaged(self, why: object) -> ClipmatchError:
+        reason = " ".join(str(why).split()).rstrip(".")[:300]
+        return ClipmatchError(f"The model folder {self.folder} is damaged ({reason}); copy or export it again.")
+
+
+def open_session(path: Path) -> InferenceSession:
+    """An ONNX file -> a session on the cores that this process may use."""
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = usable_cores()  # its own count knows nothing of a container's quota
+    options.log_severity_level = 3  # errors: its warnings are of no use to a person who searches
+    return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def output_shape(session: InferenceSession, name: str) -> tuple[int, ...]:
+    """The shape of one row of the output called `name`. Raises ClipmatchError if the graph has no such output."""
+    shapes = {value.name: tuple(value.shape[1:]) for value in session.get_outputs()}
+    if name not in shapes:
+        raise ClipmatchError(f"The model has no output {name!r}; it has {', '.join(shapes)}.")
+    return shapes[name]
+
+
+# Loading
+
+
+def load_model(
+    name: str | Path | None = None, device: str | None = None, precision: str | None = None
+) -> BatchedEmbedder:
+    """A model by name -> something that embeds.
+
+    name: None for the model that comes with clipmatch; a model folder, a training run's folder, or a hub repository of
+    one; a Hugging Face folder or hub name of a CLIP-like model ("openai/clip-vit-base-patch32"). device: "cpu",
+    "cuda", ...; None takes the fastest. precision: "float32" (the default: exact and the same everywhere), "bfloat16",
+    "float16". A folder with ONNX graphs runs on the CPU without PyTorch unless another device or precision is asked
+    for.
+    Raises ClipmatchError if there is no such model, or it needs PyTorch and that is not installed.
+    """
+    if name is None:
+        return load_folder(embedded_folder(), device, precision)
+    folder = find_local(name)
+    config = folder / CONFIG if folder else hub_config(str(name)) if is_hub_name(name) else None
+    if config and kind_of(config) == "transformers":
+        from clipmatch.pretrained import load_pretrained
+
+        return load_pretrained(str(folder or name), device, precision)
+    try:
+        return load_folder(find_folder(name), device, precision)
+    except ModuleNotFoundError as error:
+        raise ClipmatchError(
+            f"The model {name} needs the package {error.name}; install it with: {INSTALL}, or make a copy that runs "
+            f"without it where it is installed: clipmatch export {name} --out DIR"
+        ) from error
+
+
+def load_folder(folder: Path, device: str | None, precision: str | None) -> BatchedEmbedder:
+    """A model folder of clipmatch's own -> by ONNX if it has the graphs and they can do what is asked, else PyTorch."""
+    plain = device in (None, "cpu") and precision in (None, "float32")
+    if (folder / IMAGE_GRAPH).is_file() and (plain or not (folder / WEIGHTS).is_file()):
+        if not plain:
+            raise ClipmatchError(
+                f"The model in {folder} is for ONNX Runtime, which computes on the CPU with the model's own numbers; "
+                "leave out the device and the precision, or name a model folder with PyTorch weights."
+            )
+        return OnnxEmbedder(folder)
+    from clipmatch.checkpoint import load_checkpoint
+
+    return TorchEmbedder(load_checkpoint(folder), device, precision)
+
+
+def embedded_folder() -> Path:
+    """The folder of the model that comes with clipmatch. Raises ClipmatchError if this installation has none."""
+    if not (EMBEDDED / IMAGE_GRAPH).is_file():
+        raise ClipmatchError(
+            "This installation of clipmatch lacks the embedded model; name a model (on the command line by --model)."
+        )
+    return EMBEDDED
+
+
+def missing_training_extra(error: ModuleNotFoundError) -> ClipmatchError:
+    """The sentence for a core installation that is asked for what needs PyTorch."""
+    return ClipmatchError(f"This needs the package {error.name}; install it with: {INSTALL}")
+
+
+# Reading files
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +383,6 @@ def read_batches(paths: list[Path], transform: Transform, size: int = BATCH) -> 
                 yield gather(batches[number - 1], [future.result() for future in waiting.pop(0)])
 
 
-def stack(rows: list[NDArray[np.float32]], dim: int) -> NDArray[np.float32]:
-    """Batches of rows -> one array [n, dim], also when there are none."""
-    return np.concatenate(rows) if rows else np.zeros((0, dim), np.float32)
+def stack(rows: list[NDArray[np.float32]], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Batches of rows -> one array [n, *shape], also when there are none."""
+    return np.concatenate(rows) if rows else np.zeros((0, *shape), np.float32)

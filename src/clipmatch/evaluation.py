@@ -151,9 +151,12 @@ def measure(
 
 
 def evaluate(
-    model: Embedder | str | Path, data: CaptionSet | Sequence[CaptionedImage], seed: int = 0, progress: bool = True
+    model: Embedder | str | Path | None,
+    data: CaptionSet | Sequence[CaptionedImage],
+    seed: int = 0,
+    progress: bool = True,
 ) -> Evaluation:
-    """A model (or its folder) and captioned pictures -> figures both ways.
+    """A model (or its name, as for `load_model`) and captioned pictures -> figures both ways.
 
     Pictures that are missing or can't be read are left out with their captions and listed in `failures`. The split
     hash is that of the data as given, so it names the split whether or not every file could be read.
@@ -290,8 +293,8 @@ def _check_captioned(rows: Sequence[CaptionedImage]) -> None:
             raise ClipmatchError(f"{row.path} has no captions; leave it out of the evaluation.")
 
 
-def _embedder(model: Embedder | str | Path) -> Embedder:
-    if not isinstance(model, str | Path):
+def _embedder(model: Embedder | str | Path | None) -> Embedder:
+    if model is not None and not isinstance(model, str | Path):
         return model
     from clipmatch.embedder import load_model  # here, because it may load PyTorch
 

@@ -10,17 +10,23 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, image_ids: Tensor | None = None) -> Tensor:
+def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, excluded: Tensor | None = None) -> Tensor:
     """Symmetric cross-entropy over the batch's pairs (Radford et al. 2021) -> scalar, in nats.
 
-    images, texts: [b, d] unit vectors. image_ids: [b]; pairs with the same id show the same image, so their other
-    captions are no negatives of it and drop out of the softmax: without this, a caption is pushed away from its own
-    picture.
+    images, texts: [b, d] unit vectors. excluded: bool [b, b], false on the diagonal; where true, text j fits image i
+    though it is not its own: no negative of it, so it drops out of the softmax.
     """
     logits = logit_scale * images @ texts.T  # [b images, b texts]
-    if image_ids is not None:
-        siblings = image_ids[:, None] == image_ids[None, :]  # [b, b]
-        siblings.fill_diagonal_(False)
-        logits = logits.masked_fill(siblings, float("-inf"))
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, float("-inf"))
     target = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def siblings(image_ids: Tensor) -> Tensor:
+    """Numbers of the images of a batch's pairs [b] -> bool [b, b]: true between different pairs of one image.
+
+    Their captions are no negatives of each other: without this, a caption is pushed away from its own picture.
+    """
+    same = image_ids[:, None] == image_ids[None, :]
+    return same.fill_diagonal_(False)

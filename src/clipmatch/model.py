@@ -29,6 +29,8 @@ def build_backbone(tower: Tower) -> nn.Module:
     Weights come from safetensors files only, in float32; no code of a hub repository is run. Raises ClipmatchError when
     the folder or the hub name can't be loaded or the config builds no plain encoder.
     """
+    import clipmatch.efficientnet  # noqa: F401  (registers its model type)
+
     with quiet_transformers():
         return backbone_from_config(tower) if isinstance(tower, dict) else pretrained_backbone(tower)
 
@@ -138,12 +140,12 @@ def blocks_of(backbone: nn.Module) -> nn.ModuleList:
 
 
 def trained_part(backbone: nn.Module, last: int) -> list[nn.Module]:
-    """The last `last` blocks and the norm that follows them; nothing for 0."""
+    """The last `last` blocks and the norm or layer that follows them; nothing for 0."""
     if not last:
         return []
     blocks = blocks_of(backbone)
-    norms = [child for name, child in backbone.named_children() if "norm" in name.lower()]
-    return [*blocks[len(blocks) - last :], *norms]
+    closing = [child for name, child in backbone.named_children() if "norm" in name.lower() or name == "head"]
+    return [*blocks[len(blocks) - last :], *closing]
 
 
 def last_hidden_state(output: Any, backbone: nn.Module) -> Tensor:
@@ -151,6 +153,11 @@ def last_hidden_state(output: Any, backbone: nn.Module) -> Tensor:
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise ClipmatchError(f"{type(backbone).__name__} gives no last_hidden_state; choose a plain encoder.")
+    return as_tokens(hidden)
+
+
+def as_tokens(hidden: Tensor) -> Tensor:
+    """Feature maps [b, h, y, x] -> tokens [b, y * x, h]; tokens stay as they are."""
     return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 
@@ -158,7 +165,8 @@ class ImageEncoder(nn.Module):
     """A vision backbone and a linear layer: pixels [b, 3, h, w] -> [b, d], not yet projected or normalised.
 
     tower: hub name or folder (pretrained), or a config dict (no weights). pooling: "cls" takes the class token of
-    `last_hidden_state`, "mean" the average of the patch tokens, "cls+mean" both side by side (DINOv2).
+    `last_hidden_state`, "mean" the average of the patch tokens, "cls+mean" both side by side (DINOv2), "mean+max"
+    average and maximum side by side (for feature maps: what there is everywhere, and what there is anywhere).
     """
 
     def __init__(self, tower: Tower = DEFAULT_IMAGE_TOWER, embed_dim: int = 256, pooling: str = "cls"):
@@ -174,14 +182,13 @@ class ImageEncoder(nn.Module):
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Hidden states [b, t, h] -> [b, h] or [b, 2 h]."""
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        mean = hidden[:, leading_tokens(self.backbone) :].mean(dim=1)
-        return mean if self.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=1)
+        patches = hidden[:, leading_tokens(self.backbone) :]
+        ways = {"cls": lambda: hidden[:, 0], "mean": lambda: patches.mean(dim=1), "max": lambda: patches.amax(dim=1)}
+        return torch.cat([ways[part]() for part in self.pooling.split("+")], dim=1)
 
     def hidden_before(self, pixel_values: Tensor, last: int) -> Tensor:
-        """Pixels [b, 3, h, w] -> hidden states [b, t, h] that enter the last `last` blocks: the frozen part's work,
-        done once and cached when only those blocks are trained.
+        """Pixels [b, 3, h, w] -> hidden states ([b, t, h] or maps) that enter the last `last` blocks: the frozen part's
+        work, done once and cached when only those blocks are trained.
         """
         backbone: Any = self.backbone
         hidden = backbone.embeddings(pixel_values)
@@ -194,13 +201,19 @@ class ImageEncoder(nn.Module):
         backbone: Any = self.backbone
         for block in blocks_of(backbone)[len(blocks_of(backbone)) - last :]:
             hidden = block(hidden)
-        return self.pool(backbone.layernorm(hidden))
+        return self.pool(as_tokens(getattr(backbone, self.closing_layer)(hidden)))
+
+    @property
+    def closing_layer(self) -> str:
+        """The name of the layer after the last block; "" for a backbone whose build is not known here."""
+        config: Any = self.backbone.config
+        known = {"vit": "layernorm", "deit": "layernorm", "vit_msn": "layernorm", "efficientnet_lite": "head"}
+        return known.get(config.model_type, "")
 
     @property
     def splittable(self) -> bool:
-        """Whether `hidden_before` and `features_from` know how this backbone is put together: ViT and its copies."""
-        config: Any = self.backbone.config
-        return config.model_type in ("vit", "deit", "vit_msn")
+        """Whether `hidden_before` and `features_from` know how this backbone is put together."""
+        return bool(self.closing_layer)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] -> [b, d]."""

@@ -7,6 +7,8 @@ pickle is needed. Knows nothing of data or logs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,42 @@ def build_optimizer(model: CLIPModel, settings: TrainConfig) -> torch.optim.Adam
         for (part, decays), parameters in sorted(members.items())
     ]
     return torch.optim.AdamW(groups)
+
+
+class WeightAverage:
+    """An exponential moving average of the weights that learn (Polyak and Juditsky 1992): steadier than the last ones.
+
+    Its decay rises to `decay` over the first steps, so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.values = {name: value.detach().clone() for name, value in self.learning.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step (1, 2, ...)."""
+        decay = min(self.decay, step / (step + 9))
+        for name, value in self.learning.items():
+            self.values[name].lerp_(value, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context: the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and the average."""
+        for name, value in self.learning.items():
+            current = value.clone()
+            value.copy_(self.values[name])
+            self.values[name].copy_(current)
 
 
 def rate_at(step: int, total: int, warmup: float) -> float:

@@ -47,15 +47,16 @@ class Matches(list[Match]):
 
 def find_matches(
     query: str,
-    model: Embedder | str | Path,
-    images: str | Path | Sequence[str | Path],
+    model: Embedder | str | Path | None = None,
+    images: str | Path | Sequence[str | Path] = ".",
     top_k: int = 9,
     progress: bool = True,
 ) -> Matches:
     """The `top_k` images that match a sentence best.
 
-    model: a model folder or a loaded model. images: a folder (searched with its subfolders) or a list of files. Each
-    image is embedded once and remembered; a bad one is left out and listed in the result's `failures`.
+    model: a loaded model, or the name of one as for `load_model`; None: the one that comes with clipmatch. images: a
+    folder (searched with its subfolders) or a list of files. Each image is embedded once and remembered; a bad one is
+    left out and listed in the result's `failures`.
     Raises ClipmatchError when the query is empty, the folder has no pictures or none of them can be read.
     """
     if not query.strip():
@@ -65,7 +66,7 @@ def find_matches(
     paths = list_images(images) if isinstance(images, str | Path) else [Path(path) for path in images]
     if not paths:
         raise ClipmatchError("The list of images is empty; name at least one.")
-    embedder = load_model(model) if isinstance(model, str | Path) else model
+    embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
     gallery = embed_remembered(embedder, paths, progress)
     if not gallery.paths:
         raise ClipmatchError(f"None of the {len(paths)} images can be read; the first: {gallery.failures[0].reason}.")

@@ -42,8 +42,8 @@ class ImageSource(Protocol):
         """Items -> a tensor of those that can be used, which of them these are, and why not the others."""
         ...
 
-    def encode(self, model: CLIPModel, batch: Tensor) -> Tensor:
-        """A fetched tensor -> unit vectors [b, d]."""
+    def features(self, model: CLIPModel, batch: Tensor) -> Tensor:
+        """A fetched tensor -> pooled features [b, h], what the model's image head takes."""
         ...
 
 
@@ -68,10 +68,9 @@ class CachedImages:
         """Plain features of up to SAMPLE items [k, h], to learn their scale from."""
         return sample_rows(self.table, self.table.places[0])
 
-    def encode(self, model: CLIPModel, batch: Tensor) -> Tensor:
-        """Features [b, h] or hidden states [b, t, h] -> [b, d]."""
-        encoder = model.image_encoder
-        return model.project_image(encoder.features_from(batch, self.last_blocks) if self.last_blocks else batch)
+    def features(self, model: CLIPModel, batch: Tensor) -> Tensor:
+        """Features [b, h] as they are, or hidden states [b, t, h] through the last blocks -> [b, h]."""
+        return model.image_encoder.features_from(batch, self.last_blocks) if self.last_blocks else batch
 
 
 class LiveImages:
@@ -112,9 +111,9 @@ class LiveImages:
             self.kept[item] = pixels
         return pixels
 
-    def encode(self, model: CLIPModel, batch: Tensor) -> Tensor:
-        """Pixels [b, 3, s, s] -> [b, d]."""
-        return model.encode_image(batch)
+    def features(self, model: CLIPModel, batch: Tensor) -> Tensor:
+        """Pixels [b, 3, s, s] -> [b, h]."""
+        return model.image_encoder.features(batch)
 
 
 class TextSource(Protocol):
@@ -226,7 +225,7 @@ class DevSet:
             self.failures += failures
             readable[start : start + len(used)] = used
             if any(used):
-                rows.append(self.images.encode(model, pixels.to(device)).cpu())
+                rows.append(model.project_image(self.images.features(model, pixels.to(device))).cpu())
         if not rows:
             raise ClipmatchError("None of the dev pictures can be read; check the image folder.")
         captions = np.flatnonzero(readable[self.owners])

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from clipmatch.checkpoint import (
     find_folder,
     save_checkpoint,
 )
+from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
 from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
-from clipmatch.loss import contrastive_loss
+from clipmatch.loss import contrastive_loss, siblings
 from clipmatch.model import CLIPModel
 from clipmatch.optimization import (
+    WeightAverage,
     build_optimizer,
     choose_attention,
     describe_parameters,
@@ -47,7 +49,7 @@ from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
 
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
 SAVE_EVERY = 60.0  # seconds between saves at the ends of epochs without a look at dev
 
 
@@ -101,6 +103,8 @@ class Trainer:
             ):
                 if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
                     standardise_input(encoder.fc, source.sample())
+        self.concepts = load_concepts_for(self.model, settings)
+        self.average = WeightAverage(self.model, settings.average) if settings.average else None
         self.optimizer = build_optimizer(self.model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
         if len(splits.train) < settings.batch_size:
@@ -203,15 +207,36 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.average.update(self.step + 1)
         return norm
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward pass of one batch -> loss."""
         with self.autocast():
-            images = self.pairs.images.encode(self.model, batch.images.to(self.device))
+            features = self.pairs.images.features(self.model, batch.images.to(self.device))
+            images = self.model.project_image(features)
             texts = self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
         # float32 outside autocast: logits of up to 100 lose their order in bfloat16
-        return contrastive_loss(images, texts, self.model.logit_scale, batch.image_ids.to(self.device))
+        excluded = siblings(batch.image_ids.to(self.device))
+        loss = contrastive_loss(images, texts, self.model.logit_scale, excluded)
+        if self.concepts is None:
+            return loss
+        return loss + self.settings.concept_weight * self.concept_loss(self.concepts, features)
+
+    def concept_loss(self, concepts: Concepts, features: Tensor) -> Tensor:
+        """The loss of made-up pairs; features [b, h]: pooled features of the batch's pictures."""
+        rng = np.random.default_rng([self.settings.seed, self.step, 2])
+        drawn = concepts.draw(self.settings.concept_batch, rng)
+        made_up = made_up_features(concepts, drawn, features.detach().float().cpu().numpy(), rng)
+        tokens = self.checkpoint.tokenizer(
+            drawn.sentences, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
+        )
+        with self.autocast():
+            images = self.model.project_image(torch.from_numpy(made_up).to(self.device))
+            texts = self.model.encode_text(*(tokens[name].to(self.device) for name in ("input_ids", "attention_mask")))
+        excluded = torch.from_numpy(drawn.excluded).to(self.device)
+        return contrastive_loss(images, texts, self.model.logit_scale, excluded)
 
     def autocast(self) -> torch.autocast:
         """The context in which matrix products run in the chosen precision."""
@@ -247,13 +272,14 @@ class Trainer:
 
     def look_at_dev(self) -> dict[str, Any]:
         """Recall on dev; a better one than ever is saved as best/."""
-        figures = self.measure_dev()
-        note(dev_line(figures, self.step))
-        if self.best is None or score(figures) > score(self.best):
-            self.best, self.looks_since_best = figures, 0
-            self.save("best", None)
-        else:
-            self.looks_since_best += 1
+        with self.average.applied() if self.average else nullcontext():
+            figures = self.measure_dev()
+            note(dev_line(figures, self.step))
+            if self.best is None or score(figures) > score(self.best):
+                self.best, self.looks_since_best = figures, 0
+                self.save("best", None)
+            else:
+                self.looks_since_best += 1
         return figures
 
     def measure_dev(self) -> dict[str, Any]:
@@ -278,7 +304,10 @@ class Trainer:
             "optimizer": numbers,
             "scaler": self.scaler.state_dict(),
         }
-        self.save("last", {OPTIMIZER: tensors, STATE: state})
+        extra = {OPTIMIZER: tensors, STATE: state}
+        if self.average:
+            extra[AVERAGE] = {name: value.cpu() for name, value in self.average.values.items()}
+        self.save("last", extra)
         self.saved = time.perf_counter()
 
     def save(self, name: str, extra: dict[str, Any] | None) -> None:
@@ -290,7 +319,7 @@ class Trainer:
                 "split_hash": self.train_hash,
                 "dev_split_hash": self.dev_hash,
             },
-            "training": {**to_json(self.settings), "out": None},  # a path of one machine
+            "training": {**to_json(self.settings), "out": None, "concepts": None},  # paths of one machine
             "step": self.step,
             "dev": self.best,
         }
@@ -304,6 +333,9 @@ class Trainer:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
         folder = find_folder(self.out / "last")
         unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
+        if self.average:
+            for name, value in load_file(folder / AVERAGE).items():
+                self.average.values[name].copy_(value)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
@@ -326,6 +358,11 @@ def image_tokens(model: CLIPModel) -> int:
     config: Any = model.image_encoder.backbone.config
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 1_000
+
+
+def load_concepts_for(model: CLIPModel, settings: TrainConfig) -> Concepts | None:
+    """The concepts that are to be learnt beside the pairs, if any."""
+    return load_concepts(settings.concepts, model.image_encoder.fc.in_features) if settings.concepts else None
 
 
 def refuse_frozen_random(checkpoint: Checkpoint, settings: TrainConfig) -> None:

@@ -103,7 +103,11 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClipmatchError(f"The folder {run} can't be made ({error.strerror}); choose another --out.") from error
-    plan = {"data": absolute(data) if isinstance(data, DataConfig) else None, "settings": to_json(settings)}
+    concepts = str(Path(settings.concepts).expanduser().absolute()) if settings.concepts else None
+    plan = {
+        "data": absolute(data) if isinstance(data, DataConfig) else None,
+        "settings": {**to_json(settings), "concepts": concepts},
+    }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
     (run / "splits").mkdir(exist_ok=True)
     for name, rows in (("train", splits.train), ("dev", splits.dev)):

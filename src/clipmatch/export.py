@@ -1,0 +1,339 @@
+"""A trained model -> an ONNX model folder that searches without PyTorch, compared with the original before it is kept.
+
+In: a model folder, or a `Checkpoint`. Out: image.onnx, text.onnx, tokenizer.json and config.json, and how far their
+embeddings are from PyTorch's. Knows nothing of training or searching.
+
+    image.onnx  pixels uint8 [b, s, s, 3] -> embedding [b, d], features [b, h]
+    text.onnx   input_ids, attention_mask int64 [b, t] -> embedding [b, d], features [b, h]
+
+Unless a class token stands for the picture, image.onnx also has grid [b, p, d]: the embedding of each place alone.
+
+Letters: b batch, s side in pixels, t tokens, d embedding width, h tower width, p places in the picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxscript import ir
+from torch import Tensor, nn
+
+from clipmatch.checkpoint import Checkpoint, atomic_folder, load_checkpoint, refuse_foreign
+from clipmatch.config import to_json
+from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder
+from clipmatch.errors import ClipmatchError
+from clipmatch.model import last_hidden_state, leading_tokens
+from clipmatch.modelfolder import (
+    CONFIG,
+    IMAGE_GRAPH,
+    TEXT_GRAPH,
+    TOKENIZER,
+    config_values,
+    fingerprint_of,
+    write_json,
+)
+from clipmatch.preprocess import Tokenizer
+
+BOUND = 1e-4  # the largest 1 - cosine between PyTorch's embedding and the float graph's that is accepted
+INT8_BOUND = 0.05
+FILES = (IMAGE_GRAPH, TEXT_GRAPH, TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A written ONNX model folder; differences: the largest 1 - cosine from PyTorch's embeddings, of "image" and
+    "text".
+    """
+
+    folder: Path
+    fingerprint: str
+    differences: dict[str, float]
+
+
+def export_model(model: str | Path, out: str | Path, int8: bool = False) -> Export:
+    """A model folder (or run, or hub repository of one) -> an ONNX model folder, in one step.
+
+    int8: weights of a byte instead of four, for a quarter of the size (convolutions stay float).
+    Raises ClipmatchError when a tower can't be expressed in ONNX, when the embeddings of random pictures and sentences
+    differ by more than `BOUND` (`INT8_BOUND`) from PyTorch's, or when `out` holds other files; nothing is written then.
+    """
+    checkpoint = load_checkpoint(model)
+    folder = Path(out).expanduser().resolve()
+    refuse_foreign(folder, {CONFIG, *FILES})
+    architecture, preprocess = to_json(checkpoint.model.architecture()), to_json(checkpoint.transform.config)
+    about = dict(checkpoint.about)
+    with atomic_folder(folder) as draft:
+        write_graphs(checkpoint, draft)
+        checkpoint.tokenizer.save(draft / TOKENIZER)
+        if int8:
+            for name in (IMAGE_GRAPH, TEXT_GRAPH):
+                quantise(draft / name)
+        fingerprint = fingerprint_of([draft / name for name in FILES], [architecture, preprocess])
+        write_json(draft / CONFIG, config_values(architecture, preprocess, about, fingerprint))
+        differences = compare(TorchEmbedder(checkpoint, "cpu"), OnnxEmbedder(draft), checkpoint.tokenizer)
+        refuse_difference(differences, int8)
+        about["exported_from"] = {
+            "fingerprint": checkpoint.fingerprint,
+            "numbers": "int8" if int8 else "float32",
+            "largest_cosine_difference": differences,
+        }
+        write_json(draft / CONFIG, config_values(architecture, preprocess, about, fingerprint))
+    return Export(folder, fingerprint, differences)
+
+
+def refuse_difference(differences: dict[str, float], int8: bool) -> None:
+    """Raise ClipmatchError for graphs whose embeddings are too far from PyTorch's."""
+    bound = INT8_BOUND if int8 else BOUND
+    if all(value <= bound for value in differences.values()):  # in these words NaN is refused too
+        return
+    raise ClipmatchError(
+        f"The ONNX graphs differ from PyTorch (largest 1 - cosine: {differences['image']:.2g} for pictures, "
+        f"{differences['text']:.2g} for texts; at most {bound:g} is accepted), so nothing was written"
+        + ("; export without --int8." if int8 else ".")
+    )
+
+
+# Graphs
+
+
+class ImageGraph(nn.Module):
+    """What image.onnx computes, normalisation included."""
+
+    scale: Tensor  # [3, 1, 1]
+    shift: Tensor
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.model = checkpoint.model
+        self.register_buffer("scale", torch.from_numpy(checkpoint.transform.scale).view(3, 1, 1))
+        self.register_buffer("shift", torch.from_numpy(checkpoint.transform.shift).view(3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [b, s, s, 3] -> embedding [b, d], features [b, h], and if there is one grid [b, p, d]."""
+        encoder = self.model.image_encoder
+        values = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # [b, 3, s, s]
+        hidden = last_hidden_state(encoder.backbone(pixel_values=values), encoder.backbone)  # [b, t, h]
+        features = encoder.pool(hidden)
+        outputs = (self.model.project_image(features), features)
+        if not self.has_grid:
+            return outputs
+        places = hidden[:, leading_tokens(encoder.backbone) :]
+        parts = len(encoder.pooling.split("+"))  # average and maximum of a single place are the place itself
+        single = torch.cat([places] * parts, dim=-1).flatten(0, 1)  # [b * p, h]: as the head takes pooled features
+        grid = self.model.project_image(single).view(*places.shape[:2], -1)  # [b, p, d]
+        return (*outputs, grid)
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether a place's own features are of the kind that the head knows: averages and maxima of places are."""
+        return "cls" not in self.model.image_encoder.pooling
+
+
+class TextGraph(nn.Module):
+    """What text.onnx computes."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.model = checkpoint.model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [b, t] -> embedding [b, d], features [b, h]."""
+        features = self.model.text_encoder.features(input_ids, attention_mask)
+        return self.model.project_text(features), features
+
+
+def write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the two float graphs, image.onnx and text.onnx. Raises ClipmatchError for a tower that ONNX can't express.
+
+    The examples have two rows: PyTorch takes an axis of length one for a constant.
+    """
+    model = checkpoint.model.cpu().eval()
+    side, tokens = checkpoint.transform.config.size, min(8, model.config.max_length)
+    image = ImageGraph(checkpoint)
+    outputs = ["embedding", "features", *(["grid"] if image.has_grid else [])]
+    pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    with plain_attention(model.image_encoder.backbone):
+        write_graph(folder / IMAGE_GRAPH, image, {"pixels": pixels}, {0: "batch"}, outputs)
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    with plain_attention(model.text_encoder.backbone):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        write_graph(folder / TEXT_GRAPH, TextGraph(checkpoint), inputs, {0: "batch", 1: "tokens"}, outputs[:2])
+
+
+def write_graph(
+    path: Path, module: nn.Module, inputs: dict[str, Tensor], dynamic: dict[int, str], outputs: list[str]
+) -> None:
+    """Write a module as an ONNX file; inputs are named and shaped as the examples, `dynamic` axes are of any length."""
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=tuple(dynamic for _ in inputs),
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None
+        # Where in whose Python files each node came from is of no use, and larger than a small graph.
+        ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+        ir.passes.common.NameFixPass()(program.model)  # a node of the graph may be called "embedding" as our output is
+        ir.save(program.model, path)
+    except (ClipmatchError, OSError):
+        raise
+    except Exception as error:  # the exporter has many kinds, and so has each tower
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ClipmatchError(f"This model can't be written as {path.name}: {reason}") from error
+
+
+@contextlib.contextmanager
+def plain_attention(backbone: Any) -> Iterator[None]:
+    """Attention as products and a softmax, which ONNX has, instead of one of PyTorch's fused kernels."""
+    before = getattr(backbone.config, "_attn_implementation", None)
+    if before is None or not hasattr(backbone, "set_attn_implementation"):
+        yield
+        return
+    backbone.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporter and quantiser advise their own developers; that is of no use to a person who exports."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# Bytes instead of floats
+
+
+def quantise(path: Path) -> None:
+    """Make a float graph an int8 graph, in place.
+
+    The towers' matrices of weights are held as int8 with a scale for each column, and their products computed on bytes,
+    the other factor being rounded as it comes (the batch decides its scale). Tables of word vectors have a scale for
+    each row. The heads stay float: they are small, and they may subtract a large mean, whose error would swamp the
+    rest. The exporter writes their products, of pooled rows, as Gemm, and those of the towers as MatMul.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(path))
+    quantise_tables(model.graph)
+    products = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    if not products:  # a tower of convolutions; an empty list would mean all
+        onnx.save(model, str(path))
+        return
+    with quiet():
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=products,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,  # 7 bits: processors without VNNI add products in pairs, in 16 bits that 8 can overflow
+        )
+
+
+def quantise_tables(graph: onnx.GraphProto) -> None:
+    """Replace each table [v, h] that rows are looked up in by int8 rows and a scale for each."""
+    tables = {table.name: table for table in graph.initializer if len(table.dims) == 2}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" and not axis_of(node) else None
+        if table is None or table.data_type != onnx.TensorProto.FLOAT:
+            nodes.append(node)
+            continue
+        values = numpy_helper.to_array(table)
+        scales = np.maximum(np.abs(values).max(axis=1, keepdims=True), 1e-12) / 127  # [v, 1]
+        rounded = np.rint(values / scales).astype(np.int8)
+        nodes += look_up(node, graph, rounded, scales.astype(np.float32))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    kept = [value for value in graph.initializer if value.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def axis_of(node: onnx.NodeProto) -> int:
+    """The axis that a Gather node looks along."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
+
+
+def look_up(
+    node: onnx.NodeProto, graph: onnx.GraphProto, rows: NDArray[np.int8], scales: NDArray[np.float32]
+) -> list[onnx.NodeProto]:
+    """The nodes that do a Gather's work on int8 rows [v, h] with scales [v, 1], which are added to the graph."""
+    name = node.output[0]
+    graph.initializer.extend(
+        [numpy_helper.from_array(rows, f"{name}_rows"), numpy_helper.from_array(scales, f"{name}_scales")]
+    )
+    make = onnx.helper.make_node
+    return [
+        make("Gather", [f"{name}_rows", node.input[1]], [f"{name}_int8"]),
+        make("Cast", [f"{name}_int8"], [f"{name}_float"], to=onnx.TensorProto.FLOAT),
+        make("Gather", [f"{name}_scales", node.input[1]], [f"{name}_scale"]),
+        make("Mul", [f"{name}_float", f"{name}_scale"], [name]),
+    ]
+
+
+# Comparing
+
+
+def compare(original: BatchedEmbedder, copy: BatchedEmbedder, tokenizer: Tokenizer) -> dict[str, float]:
+    """The largest 1 - cosine between the two models' embeddings of random pictures ("image") and texts ("text").
+
+    The copy gets the first one alone and the others together, so that both shapes of a batch are seen to work.
+    """
+    pixels, texts = random_pixels(original.transform.config.size), random_texts(tokenizer)
+    images = np.concatenate([copy.encode_pixels(pixels[:1]), copy.encode_pixels(pixels[1:])])
+    words = np.concatenate([copy.encode_strings(texts[:1]), copy.encode_strings(texts[1:])])
+    return {
+        "image": largest_difference(original.encode_pixels(pixels), images),
+        "text": largest_difference(original.encode_strings(texts), words),
+    }
+
+
+def largest_difference(rows: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+    """Unit rows [n, d] twice -> the largest 1 - cosine; NaN if a number is none."""
+    cosines = (rows.astype(np.float64) * others.astype(np.float64)).sum(axis=1)
+    return float(np.max(np.abs(1 - cosines)))
+
+
+def random_pixels(side: int) -> NDArray[np.uint8]:
+    """Always the same pictures, uint8 [6, s, s, 3]: noise, coarse to fine."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for cells in (1, 2, 4, 16, side, side):
+        noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+        places = np.arange(side) * cells // side
+        pictures.append(noise[places][:, places])
+    return np.stack(pictures)
+
+
+def random_texts(tokenizer: Tokenizer) -> list[str]:
+    """Always the same sentences for a tokenizer: its own words, 1 to 100 of them (more than many models read)."""
+    rng = np.random.default_rng(0)
+    words = sorted(word for word in tokenizer.backend.get_vocab() if word.isalpha()) or ["a"]
+    return [" ".join(rng.choice(words, count)) for count in (1, 2, 3, 5, 8, 12, 20, 100)]
