@@ -139,7 +139,45 @@ def test_evaluate_keeps_its_table_when_a_file_can_not_be_written(model_folder, s
         "evaluate", "--model", model_folder, "--captions", scenes, "--split", split, "--json", target, code=1
     )  # fmt: skip
     assert result.stdout.startswith("20 images")
-    assert result.stderr.startswith(f"Error: {tmp_path / 'file'}")
+    assert f"\nError: {tmp_path / 'file'}" in result.stderr
+
+
+def test_an_evaluated_model_knows_how_sure_it_is(model_folder, scenes, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    asked = ("find", "a red circle", "--model", model, "--images", scenes / "Images")
+    assert "is not calibrated" in sentence(*asked, "--min-confidence", 0.5)
+
+    result = run("evaluate", "--model", model, "--captions", scenes, "--json", "-")
+    figures = json.loads(result.stdout)["confidence"]
+    assert 0 <= figures["ece"] < 0.2
+    assert json.loads((model / "calibration.json").read_text())["figures"] == figures
+
+    lines = run(*asked, "-k", 3).stdout.splitlines()
+    assert lines[0] == "rank  score  conf  path"
+    assert len(lines) == 4
+    for line, row in zip(lines[1:], json.loads(run(*asked, "-k", 3, "--json").stdout), strict=True):
+        assert f"{row['confidence']:.2f}" == line.split()[2]
+        assert 0 < row["confidence"] < 1
+
+
+def test_nothing_matches(model_folder, scenes, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    run("evaluate", "--model", model, "--captions", scenes)
+    asked = ("find", "a red circle", "--model", model, "--images", scenes / "Images")
+    result = run(*asked, "--min-confidence", 1)
+    assert result.stdout == ""
+    assert "\nNo photograph seems to show 'a red circle': the best has a confidence of 0." in result.stderr
+    assert json.loads(run(*asked, "--min-confidence", 1, "--json").stdout) == []
+    assert len(run(*asked, "--min-confidence", 0).stdout.splitlines()) == 10
+
+
+def test_few_pictures_give_figures_without_confidence(model_folder, scenes, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    rest = ("--captions", scenes, "--split", scenes / "splits" / "dev.txt", "--json", "-")
+    result = run("evaluate", "--model", model, *rest)
+    assert json.loads(result.stdout)["confidence"] is None
+    assert "No confidence: 20 captioned pictures are too few" in result.stderr
+    assert not (model / "calibration.json").exists()
 
 
 # find

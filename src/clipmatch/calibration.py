@@ -36,11 +36,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import CALIBRATION
 
 Floats: TypeAlias = NDArray[np.float32]
 Integers: TypeAlias = NDArray[np.int64]
 
-CALIBRATION = "calibration.json"  # its name in a model folder
 SCHEMA = 1
 BANK = 1000  # pictures of a bank, one caption each: more changes little, fewer costs some
 NEAREST = 0.03  # part of a bank that makes a background

@@ -24,6 +24,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.model import CLIPModel, Tower
 from clipmatch.modelfolder import (
+    CALIBRATION,
     CONFIG,
     FILES,
     IMAGE_GRAPH,
@@ -146,7 +147,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
     """
     extra = extra or {}
     folder = Path(folder).expanduser().resolve()
-    refuse_foreign(folder, {CONFIG, WEIGHTS, TOKENIZER, *extra})
+    refuse_foreign(folder, {CONFIG, WEIGHTS, TOKENIZER, CALIBRATION, *extra})
     with atomic_folder(folder) as draft:
         tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()}
         save_file(tensors, draft / WEIGHTS)

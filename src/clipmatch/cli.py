@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -22,6 +22,11 @@ from clipmatch import __version__
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.formats import READERS
+
+if TYPE_CHECKING:
+    from clipmatch.embedder import BatchedEmbedder
+    from clipmatch.evaluation import Evaluation
+    from clipmatch.search import Matches
 
 FORMATS = [reader.name for reader in READERS]
 Command = Callable[..., Any]
@@ -291,7 +296,8 @@ def evaluate(
 ) -> None:
     """Measure recall@k, with chance level and confidence interval.
 
-    Both ways: captions that find their picture, pictures that find one of their captions.
+    Both ways: captions that find their picture, pictures that find one of their captions. With 60 pictures or more the
+    model also learns how probable its matches are, which it keeps in its folder for clipmatch find.
     """
     from clipmatch import evaluation
     from clipmatch.data import load_captions, read_split, select_split
@@ -306,11 +312,11 @@ def evaluate(
         listed = set(read_split(split))
         missing = tuple(name for name in data.missing if name in listed)
         data = replace(data, rows=select_split(data.rows, split), missing=missing)
-    if model:
-        warn_of_training_pictures(model, data.rows)
+    flattered = bool(model) and warn_of_training_pictures(str(model), data.rows)
     result = evaluation.evaluate(embedder, data, seed=seed)
     figures = result.to_json()
     figures["model"]["path"] = model
+    figures["confidence"] = None if flattered else calibrate_model(embedder, result)
     report_failures(result.failures)
     click.echo(json.dumps(figures, indent=2) if json_file == "-" else evaluation.recall_table(figures))
     if json_file and json_file != "-":
@@ -322,22 +328,45 @@ def evaluate(
         write_evaluation_card(result, Path(html), history=(read_history(model) if model else None) or None)
 
 
-def warn_of_training_pictures(model: str, rows: Any) -> None:
-    """Say so when a run is measured on what it was trained on: such figures flatter."""
+def calibrate_model(embedder: BatchedEmbedder, result: Evaluation) -> dict[str, Any] | None:
+    """Fit the confidence of the model's matches and keep it in its folder -> its figures; None if it can't be done."""
+    from clipmatch.calibration import calibrate
+    from clipmatch.modelfolder import EMBEDDED
+
+    try:
+        calibration = calibrate(
+            result.image_rows,
+            result.text_rows,
+            result.image_of_text,
+            fingerprint=result.fingerprint,
+            split_hash=result.split_hash,
+            seed=result.seed,
+        )
+        if embedder.folder is not None and embedder.folder != EMBEDDED:
+            calibration.save(embedder.folder)
+    except ClipmatchError as error:  # the recalls stand without it
+        click.echo(f"No confidence: {error}", err=True)
+        return None
+    return calibration.figures
+
+
+def warn_of_training_pictures(model: str, rows: Any) -> bool:
+    """Whether a run is measured on what it was trained on; says so, for such figures flatter."""
     from clipmatch.data import select_split
 
     lists = Path(model).expanduser() / "splits"
     if not (lists / "train.txt").is_file():
-        return
+        return False
     try:
         seen = len(select_split(rows, lists / "train.txt"))
     except ClipmatchError:  # none of them
-        return
+        return False
     click.echo(
         f"Warning: {model} was trained on {seen} of these {len(rows)} images, which flatters it; "
         f"for the others give --split {lists / 'dev.txt'}",
         err=True,
     )
+    return True
 
 
 @main.command()
@@ -347,28 +376,56 @@ def warn_of_training_pictures(model: str, rows: Any) -> None:
 @click.option("-k", "--top-k", default=9, show_default=True, help="How many matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of path and score.")
 @click.option("--paths", is_flag=True, help="Print paths alone, one a line, byte for byte.")
+@click.option(
+    "--min-confidence",
+    type=click.FloatRange(0, 1),
+    help="Leave out matches that are less probably what is meant; where many would do, 0.1 is much.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
 def find(
-    query: str, model: str | None, images: str, top_k: int, as_json: bool, paths: bool, device: str | None
+    query: str,
+    model: str | None,
+    images: str,
+    top_k: int,
+    as_json: bool,
+    paths: bool,
+    min_confidence: float | None,
+    device: str | None,
 ) -> None:
     """Find the photographs that match QUERY, best first.
 
-    Each photograph is embedded once and remembered, so that the next query is quick.
+    Each photograph is embedded once and remembered, so that the next query is quick. A model that has been evaluated
+    also says how probable it is that a photograph is the one described (the column "conf").
     """
     from clipmatch.embedder import load_model
     from clipmatch.search import find_matches
 
-    matches = find_matches(query, load_model(model, device), images, top_k)
+    matches = find_matches(query, load_model(model, device), images, top_k, min_confidence=min_confidence)
     report_failures(matches.failures)
     if as_json:
-        click.echo(json.dumps([{"path": str(match.path), "score": match.score} for match in matches], indent=2))
+        rows = [{"path": str(match.path), "score": match.score, "confidence": match.confidence} for match in matches]
+        click.echo(json.dumps(rows, indent=2))
     elif paths:
         for match in matches:
             click.echo(os.fsencode(match.path))
-    else:
-        click.echo("rank  score  path")
-        for rank, match in enumerate(matches, 1):
-            click.echo(f"{rank:4d}  {match.score:5.3f}  {printable(match.path)}")
+    elif matches:
+        click.echo(match_table(matches))
+    if not matches and matches.best:
+        click.echo(
+            f"No photograph seems to show {query!r}: the best has a confidence of {matches.best.confidence:.2f}; "
+            "a lower --min-confidence shows it.",
+            err=True,
+        )
+
+
+def match_table(matches: Matches) -> str:
+    """Matches as lines, with their confidence if the model is calibrated."""
+    sure = matches[0].confidence is not None
+    lines = ["rank  score  " + "conf  " * sure + "path"]
+    for rank, match in enumerate(matches, 1):
+        confidence = "" if match.confidence is None else f"{match.confidence:4.2f}  "
+        lines.append(f"{rank:4d}  {match.score:5.3f}  {confidence}{printable(match.path)}")
+    return "\n".join(lines)
 
 
 @main.command()

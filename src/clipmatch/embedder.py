@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from clipmatch.calibration import Calibration
 from clipmatch.config import PreprocessConfig, from_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import (
+    CALIBRATION,
     CONFIG,
     EMBEDDED,
     IMAGE_GRAPH,
@@ -89,12 +91,21 @@ class Embedder(Protocol):
 class BatchedEmbedder(ABC):
     """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
 
-    A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`.
+    A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
+    model folder that it was loaded from, if there is one.
     """
 
     fingerprint: str
     dim: int
     transform: Transform
+    folder: Path | None = None
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """How sure its cosines make; None for a model that was never evaluated. Raises ClipmatchError if damaged."""
+        if self.folder is None or not (self.folder / CALIBRATION).is_file():
+            return None
+        return Calibration.load(self.folder, self.fingerprint)
 
     @abstractmethod
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -176,6 +187,8 @@ class OnnxEmbedder(BatchedEmbedder):
     A graph is read when it is first needed, so a search among remembered pictures loads the text side alone.
     Raises ClipmatchError when the folder is incomplete or its files don't fit together.
     """
+
+    folder: Path
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -330,7 +343,9 @@ def load_folder(folder: Path, device: str | None, precision: str | None) -> Batc
         return OnnxEmbedder(folder)
     from clipmatch.checkpoint import load_checkpoint
 
-    return TorchEmbedder(load_checkpoint(folder), device, precision)
+    embedder = TorchEmbedder(load_checkpoint(folder), device, precision)
+    embedder.folder = folder
+    return embedder
 
 
 def embedded_folder() -> Path:

@@ -35,6 +35,7 @@ from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import last_hidden_state, leading_tokens
 from clipmatch.modelfolder import (
+    CALIBRATION,
     CONFIG,
     IMAGE_GRAPH,
     TEXT_GRAPH,
@@ -70,7 +71,7 @@ def export_model(model: str | Path, out: str | Path, int8: bool = False) -> Expo
     """
     checkpoint = load_checkpoint(model)
     folder = Path(out).expanduser().resolve()
-    refuse_foreign(folder, {CONFIG, *FILES})
+    refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES})
     architecture, preprocess = to_json(checkpoint.model.architecture()), to_json(checkpoint.transform.config)
     about = dict(checkpoint.about)
     with atomic_folder(folder) as draft:

@@ -4,6 +4,7 @@
     tokenizer.json     the text side's words
     model.safetensors  weights for PyTorch, never pickle; and/or
     image.onnx, text.onnx  the two towers for ONNX Runtime
+    calibration.json   how sure a cosine makes, once the model has been evaluated
 
 In: a folder or a hub name. Out: a local folder, the checked values of its config.json. Knows nothing of PyTorch, ONNX
 or what the numbers mean.
@@ -23,8 +24,8 @@ from clipmatch.hub import hub_error, looks_local, offline
 SCHEMA = 1
 FORMAT = "clipmatch"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
-FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH)
+IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION = "image.onnx", "text.onnx", "calibration.json"
+FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION)
 EMBEDDED = Path(__file__).parent / "embedded"  # the model that comes with the package
 
 

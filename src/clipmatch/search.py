@@ -19,19 +19,29 @@ from clipmatch.index import embed_remembered, list_images
 
 @dataclass(frozen=True)
 class Match:
-    """A photograph and the cosine, in -1..1, of its embedding with the query's."""
+    """A photograph and the cosine, in -1..1, of its embedding with the query's.
+
+    confidence: the probability, in 0..1, that it is what the query describes; None if the model is not calibrated.
+    """
 
     path: Path
     score: float
+    confidence: float | None = None
 
 
 class Matches(list[Match]):
-    """Matches, best first. In a notebook they show as a grid of pictures. failures: images that could not be read."""
+    """Matches, best first. In a notebook they show as a grid of pictures.
 
-    def __init__(self, query: str, matches: Sequence[Match], failures: Sequence[Failure] = ()):
+    failures: images that could not be read. best: the best match, also if its confidence was too low to be listed.
+    """
+
+    def __init__(
+        self, query: str, matches: Sequence[Match], failures: Sequence[Failure] = (), best: Match | None = None
+    ):
         super().__init__(matches)
         self.query = query
         self.failures = list(failures)
+        self.best = best or (matches[0] if matches else None)
 
     def _repr_png_(self) -> bytes | None:
         import io
@@ -51,13 +61,16 @@ def find_matches(
     images: str | Path | Sequence[str | Path] = ".",
     top_k: int = 9,
     progress: bool = True,
+    min_confidence: float | None = None,
 ) -> Matches:
     """The `top_k` images that match a sentence best.
 
     model: a loaded model, or the name of one as for `load_model`; None: the one that comes with clipmatch. images: a
     folder (searched with its subfolders) or a list of files. Each image is embedded once and remembered; a bad one is
-    left out and listed in the result's `failures`.
-    Raises ClipmatchError when the query is empty, the folder has no pictures or none of them can be read.
+    left out and listed in the result's `failures`. min_confidence: leave out those that are less probable than this;
+    the result may be empty.
+    Raises ClipmatchError when the query is empty, the folder has no pictures, none of them can be read, or confidence
+    is asked of a model that was never evaluated.
     """
     if not query.strip():
         raise ClipmatchError("The query is empty; type what the photograph shows.")
@@ -67,9 +80,19 @@ def find_matches(
     if not paths:
         raise ClipmatchError("The list of images is empty; name at least one.")
     embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
+    calibration = getattr(embedder, "calibration", None)
+    if calibration is None and min_confidence is not None:
+        raise ClipmatchError(
+            "This model is not calibrated, so it knows no confidence; run clipmatch evaluate with it once, on "
+            "captioned pictures that it was not trained on."
+        )
     gallery = embed_remembered(embedder, paths, progress)
     if not gallery.paths:
         raise ClipmatchError(f"None of the {len(paths)} images can be read; the first: {gallery.failures[0].reason}.")
-    scores = gallery.rows @ embedder.embed_texts([query])[0]  # [n]
-    best = np.argsort(-scores, kind="stable")[:top_k]
-    return Matches(query, [Match(gallery.paths[i], float(scores[i])) for i in best], gallery.failures)
+    row = embedder.embed_texts([query])[0]
+    scores = gallery.rows @ row  # [n]
+    chances = calibration.probabilities(row, gallery.rows).tolist() if calibration else [None] * len(scores)
+    order = np.argsort(-scores, kind="stable")
+    found = [Match(gallery.paths[i], float(scores[i]), chances[i]) for i in order[:top_k]]
+    sure = [match for match in found if min_confidence is None or (match.confidence or 0.0) >= min_confidence]
+    return Matches(query, sure, gallery.failures, found[0])
