@@ -7,6 +7,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
 
 import pytest
+import tokenizers
 import torch
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
@@ -15,7 +16,7 @@ from clipmatch.config import ModelConfig, PreprocessConfig
 from clipmatch.data import load_captions
 from clipmatch.demo import learn_tokenizer
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Transform
+from clipmatch.preprocess import Tokenizer, Transform
 from clipmatch.scenes import generate
 
 torch.set_num_threads(1)  # models this small lose more by sharing out their work than they gain
@@ -56,7 +57,8 @@ def tiny(vocabulary):
     """A tiny model with random weights (always the same) and what belongs to it, in eval mode."""
     torch.manual_seed(0)
     model = CLIPModel(tiny_config(vocabulary.vocab_size)).eval()
-    return Checkpoint(model, vocabulary, Transform(PreprocessConfig(size=32)))
+    own = Tokenizer(tokenizers.Tokenizer.from_str(vocabulary.backend.to_str()))  # a test may add words to it
+    return Checkpoint(model, own, Transform(PreprocessConfig(size=32)))
 
 
 @pytest.fixture(scope="session")
