@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The model that clipmatch ships with: EfficientNet-Lite2 and MiniLM, trained on Flickr8k and on what the classifier knows.
+# A compact model for CPUs: EfficientNet-Lite2 and MiniLM, trained on Flickr8k and on what the classifier knows.
 #
 #     runs/embedded.sh DATA OUT
 #
@@ -18,7 +18,7 @@ if [ ! -f "$OUT/towers/lite2/config.json" ]; then
     python runs/convert_towers.py "$OUT/towers"
 fi
 if [ ! -f "$OUT/concepts.safetensors" ]; then
-    pip install --quiet --no-deps timm==1.0.22
+    pip install --quiet --no-deps timm==1.0.31
     python runs/concepts.py "$OUT/towers" "$DATA/Images" "$OUT/concepts.safetensors"
 fi
 grep -vxFf "$DATA/splits/dev.txt" <(ls "$DATA/Images") >"$OUT/train.txt"
@@ -46,4 +46,4 @@ train heads --image-tower "$OUT/towers/lite2" --text-tower "$OUT/towers/minilm" 
 
 # 2. From there, the whole text tower and the last five blocks of the image tower; the average of the weights is kept.
 train tuned --model "$OUT/heads" --tune-text all --tune-image 5 --views 4 --average 0.99 \
-    --epochs 16 --batch-size 500 --rate-heads 1e-3 --rate-image 1e-4 --rate-text 1e-4 --weight-decay 0.05
+    --epochs 14 --batch-size 250 --rate-heads 1e-3 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
