@@ -10,8 +10,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(realpath "${1:-$ROOT/../shared/flickr8k}")
 OUT=$(realpath -m "${2:-$ROOT/out/embedded}")
 cd "$ROOT"
-make --silent setup
-export PATH="$PWD/.venv/bin:$PATH"
+source runs/stages.sh
 mkdir -p "$OUT"
 
 if [ ! -f "$OUT/towers/lite2/config.json" ]; then
@@ -23,27 +22,14 @@ if [ ! -f "$OUT/concepts.safetensors" ]; then
 fi
 grep -vxFf "$DATA/splits/dev.txt" <(ls "$DATA/Images") >"$OUT/train.txt"
 
-# train NAME OPTIONS...: a run in OUT/NAME, started or resumed
-train() {
-    local name=$1
-    shift
-    if [ -f "$OUT/$name/done" ]; then return; fi
-    if [ -f "$OUT/$name/last/state.json" ]; then
-        clipmatch train --resume --out "$OUT/$name"
-    else
-        rm -rf "${OUT:?}/$name"
-        clipmatch train --captions "$DATA/captions.txt" --images "$DATA/Images" \
-            --train-split "$OUT/train.txt" --dev-split "$DATA/splits/dev.txt" --out "$OUT/$name" \
-            --concepts "$OUT/concepts.safetensors" "$@"
-    fi
-    touch "$OUT/$name/done"
-}
+DATA_OPTIONS=(--train-split "$OUT/train.txt" --dev-split "$DATA/splits/dev.txt" \
+    --concepts "$OUT/concepts.safetensors")
 
 # 1. The heads, on features of both frozen towers.
-train heads --image-tower "$OUT/towers/lite2" --text-tower "$OUT/towers/minilm" \
+train heads "${DATA_OPTIONS[@]}" --image-tower "$OUT/towers/lite2" --text-tower "$OUT/towers/minilm" \
     --image-pooling mean+max --text-pooling mean --feature-dropout 0.2 \
     --epochs 20 --batch-size 500 --evaluate-every 10
 
 # 2. From there, the whole text tower and the last five blocks of the image tower; the average of the weights is kept.
-train tuned --model "$OUT/heads" --tune-text all --tune-image 5 --views 4 --average 0.99 \
+train tuned "${DATA_OPTIONS[@]}" --model "$OUT/heads" --tune-text all --tune-image 5 --views 4 --average 0.99 \
     --epochs 14 --batch-size 250 --rate-heads 1e-3 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05

@@ -11,35 +11,21 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(realpath "${1:-$ROOT/../shared/flickr8k}")
 OUT=$(realpath -m "${2:-$ROOT/out/flickr8k}")
 cd "$ROOT"
-make --silent setup
-export PATH="$PWD/.venv/bin:$PATH"
+source runs/stages.sh
 
 if [ ! -f "$OUT/towers/minilm/config.json" ]; then
     python runs/convert_towers.py "$OUT/towers"
 fi
 
-# train NAME OPTIONS...: a run in OUT/NAME, started or resumed
-train() {
-    local name=$1
-    shift
-    if [ -f "$OUT/$name/done" ]; then return; fi
-    if [ -f "$OUT/$name/last/state.json" ]; then
-        clipmatch train --resume --out "$OUT/$name"
-    else
-        rm -rf "${OUT:?}/$name"
-        clipmatch train --captions "$DATA/captions.txt" --images "$DATA/Images" \
-            --train-split "$DATA/splits/train.txt" --dev-split "$DATA/splits/dev.txt" --out "$OUT/$name" "$@"
-    fi
-    touch "$OUT/$name/done"
-}
+SPLITS=(--train-split "$DATA/splits/train.txt" --dev-split "$DATA/splits/dev.txt")
 
 # 1. The heads, on features of both frozen towers that are computed once.
-train heads --image-tower "$OUT/towers/vit-s14" --text-tower "$OUT/towers/minilm" \
+train heads "${SPLITS[@]}" --image-tower "$OUT/towers/vit-s14" --text-tower "$OUT/towers/minilm" \
     --image-pooling cls+mean --text-pooling mean --dropout 0.2 --feature-dropout 0.2 \
     --epochs 90 --batch-size 1000 --evaluate-every 10
 
 # 2. From there, the whole text tower and the last two blocks of the image tower.
-train tuned --model "$OUT/heads" --tune-text all --tune-image 2 \
+train tuned "${SPLITS[@]}" --model "$OUT/heads" --tune-text all --tune-image 2 \
     --epochs 10 --batch-size 250 --views 3 --rate-heads 3e-4 --rate-image 5e-5 --rate-text 5e-5
 
 clipmatch evaluate --model "$OUT/tuned" --captions "$DATA/captions.txt" --images "$DATA/Images" \

@@ -103,10 +103,11 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClipmatchError(f"The folder {run} can't be made ({error.strerror}); choose another --out.") from error
-    concepts = str(Path(settings.concepts).expanduser().absolute()) if settings.concepts else None
     plan = {
-        "data": absolute(data) if isinstance(data, DataConfig) else None,
-        "settings": {**to_json(settings), "concepts": concepts},
+        "data": absolute(data, "captions", "images", "train_split", "dev_split")
+        if isinstance(data, DataConfig)
+        else None,
+        "settings": absolute(settings, "concepts"),
     }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
     (run / "splits").mkdir(exist_ok=True)
@@ -115,10 +116,10 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
         (run / "splits" / f"{name}.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
 
 
-def absolute(data: DataConfig) -> dict[str, Any]:
-    """The data's config with absolute paths, so that a run can be resumed from any folder."""
-    values = to_json(data)
-    for name in ("captions", "images", "train_split", "dev_split"):
+def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:
+    """A config with these of its paths absolute, so that a run can be resumed from any folder."""
+    values = to_json(config)
+    for name in paths:
         if values[name] is not None:
             values[name] = str(Path(values[name]).expanduser().absolute())
     return values
