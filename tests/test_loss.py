@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipmatch.loss import contrastive_loss, siblings
+from clipmatch.loss import contrastive_loss, distillation_loss, siblings
 
 ONE = torch.tensor(1.0)
 
@@ -62,3 +62,37 @@ def test_gradients_reach_images_texts_and_scale():
     scale = torch.tensor(2.0, requires_grad=True)
     contrastive_loss(normalize(images, dim=1), normalize(texts, dim=1), scale).backward()
     assert all(part.grad.abs().sum() > 0 for part in (images, texts, scale))
+
+
+def test_a_teacher_by_hand():
+    # The student is indifferent (all cosines 0); the teacher likes the pairs at cosine 1 and nothing else: whatever it
+    # says, the cross-entropy against two equal chances is ln 2.
+    images, texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert distillation_loss(images, texts, ONE, torch.eye(2)).item() == pytest.approx(math.log(2), abs=1e-6)
+    # A student that says the same as the teacher is left with the entropy of e / (e + 1) and 1 / (e + 1).
+    p = math.e / (math.e + 1)
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert distillation_loss(torch.eye(2), torch.eye(2), ONE, torch.eye(2)).item() == pytest.approx(entropy, abs=1e-6)
+
+
+def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it():
+    torch.manual_seed(0)
+    images, texts = torch.randn(4, 3), normalize(torch.randn(4, 3), dim=1)
+    images.requires_grad_()
+    rows, scale = normalize(images, dim=1), torch.tensor(5.0, requires_grad=True)
+    distillation_loss(rows, texts, scale, (rows @ texts.T).detach()).backward()
+    assert images.grad.abs().max() < 1e-6
+    other = normalize(torch.randn(4, 3), dim=1)
+    distillation_loss(normalize(images, dim=1), texts, scale, other @ texts.T).backward()
+    assert images.grad.abs().max() > 1e-3
+
+
+def test_a_teacher_says_nothing_about_siblings():
+    same = siblings(torch.tensor([5, 5, 6]))
+    liking, other = torch.eye(3), torch.eye(3)
+    other[0, 1] = other[1, 0] = 0.9
+    images = normalize(torch.tensor([[1.0, 0.2], [0.3, 1.0], [0.5, 0.5]]), dim=1)
+    loss = distillation_loss(images, images, ONE, liking, same)
+    assert loss.isfinite()
+    assert loss == distillation_loss(images, images, ONE, other, same)
+    assert loss != distillation_loss(images, images, ONE, other)

@@ -22,6 +22,7 @@ from clipmatch.concepts import Concepts
 from clipmatch.config import DataConfig, ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import Splits, load_captions, read_split, split_captions
 from clipmatch.demo import learn_tokenizer
+from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel
 from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
@@ -29,6 +30,7 @@ from clipmatch.preprocess import Transform
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
 from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
+from clipmatch.teachers import Teachers
 from clipmatch.trainer import Trainer
 from clipmatch.training import resume, train
 
@@ -299,11 +301,54 @@ def test_concepts_are_learnt_beside_the_pictures(splits, trained_towers, tmp_pat
     assert np.mean(losses[-20:]) < 0.6
 
 
+def run_of_heads(out, **changes):
+    return TrainConfig(**{"out": str(out), "epochs": 30, "batch_size": 24, "evaluate_every": 30, "rate_heads": 3e-3,
+                          "precision": "float32", **changes})  # fmt: skip
+
+
+def test_a_teacher_passes_on_what_it_likes(splits, trained_towers, tmp_path):
+    """A student that hears only its teacher ends with the teacher's cosines between pictures and captions."""
+    train(splits, whole(tmp_path / "teacher", epochs=4), trained_towers, progress=False)
+    alone = train(splits, run_of_heads(tmp_path / "alone"), trained_towers, progress=False)
+    settings = run_of_heads(tmp_path / "taught", teachers=(str(tmp_path / "teacher"),), teacher_weight=1.0)
+    taught = train(splits, settings, trained_towers, progress=False)
+
+    def liking(name):
+        model = load_model(name)
+        rows = splits.train
+        images = model.embed_images([row.path for row in rows], progress=False).rows
+        return (images @ model.embed_texts([row.captions[0] for row in rows]).T).ravel()
+
+    teacher = liking(tmp_path / "teacher")
+    of_alone, of_taught = (np.corrcoef(teacher, liking(run.model))[0, 1] for run in (alone, taught))
+    print(of_alone, of_taught)
+    assert of_taught > of_alone + 0.1
+    about = json.loads((tmp_path / "taught" / "best" / "config.json").read_text())["about"]
+    assert about["taught_by"] == [load_model(tmp_path / "teacher").fingerprint]
+    assert about["training"]["teachers"] is None  # a path of this machine
+
+
+def test_teachers_speak_with_one_voice():
+    """Two equal teachers count as one that is surer: the sum of their cosines over the root of two."""
+    images, texts = torch.eye(2), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    one = Teachers(images, texts, ("a",))
+    two = Teachers(torch.cat([images, images], 1), torch.cat([texts, texts], 1), ("a", "b"))
+    ids = torch.tensor([1, 0]), torch.tensor([0, 2])
+    assert torch.equal(one.cosines(*ids), torch.tensor([[0.8, 1.0], [0.6, 0.0]]))
+    torch.testing.assert_close(two.cosines(*ids), one.cosines(*ids) * 2**0.5)
+
+
+def test_a_teacher_that_is_not_there(splits, trained_towers, tmp_path):
+    settings = run_of_heads(tmp_path / "run", teachers=(str(tmp_path / "nobody"),))
+    with pytest.raises(ClipmatchError, match="nobody does not exist"):
+        train(splits, settings, trained_towers, progress=False)
+
+
 # Stopping and going on
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-@pytest.mark.parametrize("kind", ["whole", "cached", "averaged"])
+@pytest.mark.parametrize("kind", ["whole", "cached", "averaged", "taught"])
 def test_a_resumed_run_ends_with_the_same_weights(
     splits, tokenizer, trained_towers, tmp_path, monkeypatch, kind, kill_at
 ):
@@ -315,6 +360,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
         start = {"model": trained_towers}
     if kind == "averaged":
         settings = replace(settings, average=0.9, concepts=str(some_concepts(tmp_path)), concept_batch=2)
+    if kind == "taught":
+        settings = replace(settings, teachers=(str(trained_towers), str(trained_towers)))
     train(splits, settings, **start, progress=False)
 
     take_step = Trainer.take_step

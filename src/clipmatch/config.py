@@ -97,7 +97,9 @@ class TrainConfig:
     average: float = 0.0  # of the weights over the steps, exponential with this decay, is measured and kept; 0: none
     concepts: str | None = None  # a file of `clipmatch.concepts`, learnt beside the pairs
     concept_weight: float = 0.3  # of their loss
-    concept_batch: int = 200  # concepts a batch
+    concept_batch: int = 100  # concepts a batch
+    teachers: tuple[str, ...] = ()  # models whose likings are learnt beside the pairs: folders or hub names
+    teacher_weight: float = 0.6  # of their part of the pairs' loss
     views: int = 1  # cached views of each picture: the plain one and views - 1 augmented ones
     augment: bool = False  # live augmentation, when the image tower is trained as a whole
     flip: bool = True  # mirror in augmented views; wrong for captions with "left" and "right"
@@ -120,6 +122,8 @@ class TrainConfig:
         require(self.batch_size > 1, "batch_size must be at least 2: a pair needs negatives", self.batch_size)
         for name in ("rate_heads", "rate_image", "rate_text", "clip_norm"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        object.__setattr__(self, "teachers", tuple(self.teachers))  # JSON brings lists
+        require(0 <= self.teacher_weight <= 1, "teacher_weight must be in [0, 1]", self.teacher_weight)
         require(0 <= self.average < 1, "average must be in [0, 1)", self.average)
         require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
         require(self.seed >= 0, "seed must not be negative", self.seed)

@@ -16,11 +16,28 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, exclude
     images, texts: [b, d] unit vectors. excluded: bool [b, b], false on the diagonal; where true, text j fits image i
     though it is not its own: no negative of it, so it drops out of the softmax.
     """
-    logits = logit_scale * images @ texts.T  # [b images, b texts]
-    if excluded is not None:
-        logits = logits.masked_fill(excluded, float("-inf"))
+    logits = masked(logit_scale * images @ texts.T, excluded)  # [b images, b texts]
     target = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def distillation_loss(
+    images: Tensor, texts: Tensor, logit_scale: Tensor, liking: Tensor, excluded: Tensor | None = None
+) -> Tensor:
+    """Symmetric cross-entropy against a teacher's softmax instead of the pairs alone (Hinton et al. 2015) -> scalar.
+
+    images, texts, excluded: as for `contrastive_loss`. liking [b, b]: the teacher's cosines, images by texts; they are
+    sharpened by the same logit scale, which learns nothing from it.
+    """
+    logits = masked(logit_scale * images @ texts.T, excluded)
+    target = masked(logit_scale.detach() * liking, excluded)
+    by_image = cross_entropy(logits, target.softmax(dim=1))
+    return (by_image + cross_entropy(logits.T, target.T.softmax(dim=1))) / 2
+
+
+def masked(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    """Logits [b, b], what drops out of the softmax far below the rest; finite, for 0 times infinity is no number."""
+    return logits if excluded is None else logits.masked_fill(excluded, -1e4)
 
 
 def siblings(image_ids: Tensor) -> Tensor:

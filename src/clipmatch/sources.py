@@ -172,11 +172,12 @@ class LiveTexts:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b pairs: row i of images belongs to row i of texts. image_ids [b]: the picture's number."""
+    """b pairs: row i of images belongs to row i of texts. image_ids, text_ids [b]: numbers of picture, caption."""
 
     images: Tensor
     texts: tuple[Tensor, ...]
     image_ids: Tensor
+    text_ids: Tensor
     failures: list[Failure]
 
 
@@ -192,8 +193,8 @@ class PairDataset(torch.utils.data.Dataset[Any]):
         items = [item for _, item in keys]
         images, used, failures = self.images.fetch(items, epoch)
         items = [item for item, good in zip(items, used, strict=True) if good]
-        texts = self.texts.fetch([self.draw_caption(epoch, item) for item in items])
-        return Batch(images, texts, torch.tensor(items), failures)
+        captions = [self.draw_caption(epoch, item) for item in items]
+        return Batch(images, self.texts.fetch(captions), torch.tensor(items), torch.tensor(captions), failures)
 
     def draw_caption(self, epoch: int, item: int) -> int:
         """The number of the caption that a picture gets in an epoch."""

@@ -31,7 +31,7 @@ from clipmatch.data import Splits, content_hash
 from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
-from clipmatch.loss import contrastive_loss, siblings
+from clipmatch.loss import contrastive_loss, distillation_loss, siblings
 from clipmatch.model import CLIPModel
 from clipmatch.optimization import (
     WeightAverage,
@@ -48,6 +48,7 @@ from clipmatch.optimization import (
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
+from clipmatch.teachers import Teachers, ask_teachers
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
 SAVE_EVERY = 60.0  # seconds between saves at the ends of epochs without a look at dev
@@ -104,6 +105,9 @@ class Trainer:
                 if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
                     standardise_input(encoder.fc, source.sample())
         self.concepts = load_concepts_for(self.model, settings)
+        self.teachers: Teachers | None = None
+        if settings.teachers:
+            self.teachers = ask_teachers(settings.teachers, splits.train, self.out, settings.device, progress)
         self.average = WeightAverage(self.model, settings.average) if settings.average else None
         self.optimizer = build_optimizer(self.model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
@@ -220,6 +224,10 @@ class Trainer:
         # float32 outside autocast: logits of up to 100 lose their order in bfloat16
         excluded = siblings(batch.image_ids.to(self.device))
         loss = contrastive_loss(images, texts, self.model.logit_scale, excluded)
+        if self.teachers is not None:
+            liking = self.teachers.cosines(batch.image_ids, batch.text_ids).to(self.device)
+            taught = distillation_loss(images, texts, self.model.logit_scale, liking, excluded)
+            loss = torch.lerp(loss, taught, self.settings.teacher_weight)
         if self.concepts is None:
             return loss
         return loss + self.settings.concept_weight * self.concept_loss(self.concepts, features)
@@ -319,7 +327,9 @@ class Trainer:
                 "split_hash": self.train_hash,
                 "dev_split_hash": self.dev_hash,
             },
-            "training": {**to_json(self.settings), "out": None, "concepts": None},  # paths of one machine
+            # without the paths of one machine
+            "training": {**to_json(self.settings), "out": None, "concepts": None, "teachers": None},
+            "taught_by": list(self.teachers.fingerprints) if self.teachers else [],
             "step": self.step,
             "dev": self.best,
         }

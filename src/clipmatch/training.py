@@ -23,6 +23,7 @@ from clipmatch.checkpoint import (
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import find_local
 from clipmatch.preprocess import Tokenizer
 from clipmatch.runlog import note, note_quirks
 from clipmatch.runtime import seed_everything
@@ -107,7 +108,10 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
         "data": absolute(data, "captions", "images", "train_split", "dev_split")
         if isinstance(data, DataConfig)
         else None,
-        "settings": absolute(settings, "concepts"),
+        "settings": {
+            **absolute(settings, "concepts"),
+            "teachers": [absolute_path(name) if find_local(name) else name for name in settings.teachers],
+        },
     }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
     (run / "splits").mkdir(exist_ok=True)
@@ -121,5 +125,10 @@ def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:
     values = to_json(config)
     for name in paths:
         if values[name] is not None:
-            values[name] = str(Path(values[name]).expanduser().absolute())
+            values[name] = absolute_path(values[name])
     return values
+
+
+def absolute_path(path: str) -> str:
+    """A path as typed -> absolute."""
+    return str(Path(path).expanduser().absolute())
