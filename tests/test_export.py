@@ -19,7 +19,7 @@ from clipmatch.cli import main
 from clipmatch.config import PreprocessConfig
 from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model, open_session
 from clipmatch.errors import ClipmatchError
-from clipmatch.export import export_model, largest_difference, quantise, random_texts, write_graphs
+from clipmatch.export import export_model, largest_difference, quantise_weights, random_texts, write_graphs
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform, load_image
 
@@ -234,6 +234,57 @@ def test_int8_is_smaller_and_close(vocabulary, tmp_path):
     assert largest_difference(first.encode_pixels(noise(4)), second.encode_pixels(noise(4))) < 0.01
 
 
+def test_int8_rows_do_not_depend_on_their_neighbours(vocabulary, tmp_path):
+    """A query alone and among others is the same query."""
+    bert = {"model_type": "distilbert", "vocab_size": 1000, "dim": 128, "n_layers": 2, "n_heads": 2, "hidden_dim": 256}
+    save_checkpoint(checkpoint_of(vocabulary, text_tower=bert, embed_dim=128), tmp_path / "m")
+    export_model(tmp_path / "m", tmp_path / "int8", int8=True)
+    model, texts = OnnxEmbedder(tmp_path / "int8"), [words(4), words(3), "a"]
+    alone = np.concatenate([model.encode_strings([text]) for text in texts])
+    np.testing.assert_allclose(model.encode_strings(texts), alone, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def convolutions(vocabulary, tmp_path_factory):
+    """A model folder with a tower of convolutions."""
+    folder = tmp_path_factory.mktemp("lite") / "model"
+    tower = {"model_type": "efficientnet_lite", "image_size": 64}
+    torch.manual_seed(0)
+    checkpoint = checkpoint_of(vocabulary, image_tower=tower, image_pooling="mean+max")
+    save_checkpoint(replace(checkpoint, transform=Transform(PreprocessConfig(size=64))), folder)
+    return folder
+
+
+def test_convolutions_compute_on_bytes_once_photographs_tell_their_scale(convolutions, scenes, tmp_path):
+    export_model(convolutions, tmp_path / "float", int8=True)
+    done = export_model(convolutions, tmp_path / "bytes", int8=True, pictures=scenes)
+    assert 1e-5 < done.differences["image"] < 0.05
+    first, second = (tmp_path / kind / "image.onnx" for kind in ("float", "bytes"))
+    assert second.stat().st_size < 0.4 * first.stat().st_size
+    kinds = [node.op_type for node in onnx.load(str(second)).graph.node]
+    assert kinds.count("QuantizeLinear") >= kinds.count("Conv") > 10
+    paths = sorted((scenes / "Images").iterdir())[:5]
+    rows = [OnnxEmbedder(tmp_path / kind).embed_images(paths, progress=False).rows for kind in ("float", "bytes")]
+    assert largest_difference(*rows) < 0.05
+
+
+def test_too_few_photographs_tell_no_scale(convolutions, scenes, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted((scenes / "Images").iterdir())[:3]:
+        shutil.copy(path, few)
+    with pytest.raises(ClipmatchError, match=r"few has too few readable photographs \(3\); more than 20 are needed"):
+        export_model(convolutions, tmp_path / "out", int8=True, pictures=few)
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_without_int8_are_refused(convolutions, scenes, tmp_path):
+    options = ["export", str(convolutions), "--out", str(tmp_path / "out"), "--pictures", str(scenes)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 1
+    assert "--pictures would change nothing" in done.output
+
+
 def test_tables_are_rounded_row_by_row(tmp_path):
     """Rows of very different size each keep their own seven bits and sign."""
     table = np.array([[100, -50], [0.001, 0.0005], [0, 0]], np.float32)
@@ -247,7 +298,7 @@ def test_tables_are_rounded_row_by_row(tmp_path):
     )
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, str(tmp_path / "g.onnx"))
-    quantise(tmp_path / "g.onnx")
+    quantise_weights(tmp_path / "g.onnx")
     rows = open_session(tmp_path / "g.onnx").run(["rows"], {"ids": np.array([0, 1, 2, 1])})[0]
     np.testing.assert_allclose(rows, table[[0, 1, 2, 1]], rtol=0.01)
     kinds = {value.data_type for value in onnx.load(str(tmp_path / "g.onnx")).graph.initializer if len(value.dims) == 2}

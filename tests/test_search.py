@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipmatch.calibration import Bank, Calibration
 from clipmatch.embedder import Failure, ImageEmbeddings, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import embed_remembered, list_images, store_path
@@ -289,3 +290,18 @@ def test_matches_show_themselves_in_a_notebook(photos):
     matches = find_matches("red", ColourEmbedder(), photos, top_k=2)
     assert matches._repr_png_().startswith(b"\x89PNG")
     assert Matches("red", [])._repr_png_() is None
+
+
+def test_an_image_that_is_near_to_everything_comes_later(tmp_path):
+    """Purple has a little more of red than orange has, but it is also near to the bank's caption, blue."""
+    paint(tmp_path / "two" / "orange.png", (255, 160, 0))
+    paint(tmp_path / "two" / "purple.png", (255, 0, 150))
+    model = ColourEmbedder()
+    by_cosine = find_matches("red", model, tmp_path / "two")
+    assert [match.path.stem for match in by_cosine] == ["purple", "orange"]
+    axes = np.eye(3, dtype=np.float16)
+    model.calibration = Calibration((0.0, 10.0, -10.0, 0.0), 0.99, Bank(axes[:1], axes[2:]), "colours")
+    found = find_matches("red", model, tmp_path / "two")
+    assert [match.path.stem for match in found] == ["orange", "purple"]
+    assert found[0].score < found[1].score
+    assert found[0].confidence > 0.9 > 0.1 > found[1].confidence

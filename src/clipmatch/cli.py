@@ -152,6 +152,8 @@ TRAIN_HELP = {
     "average": "Decay of a moving average of the weights, which is then measured and kept (0.99 is usual).",
     "concepts": "File of what the image tower's classifier knows, to be learnt beside the pictures (runs/concepts.py).",
     "concept_weight": "Weight of the concepts' loss.",
+    "teachers": "Model (folder or hub name) whose likings are learnt beside the pairs; several may be given.",
+    "teacher_weight": "Weight of the teachers' part of the loss.",
     "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
     "augment": "Augment pictures as they are read, when the whole image tower learns.",
     "flip": "Mirror augmented pictures; say --no-flip if captions tell left from right.",
@@ -173,6 +175,8 @@ def train_options(command: Command) -> Command:
         if field.default in (True, False) and isinstance(field.default, bool):
             flag = f"--{name}/--no-{name}"
             command = click.option(flag, default=field.default, show_default=True, help=text)(command)
+        elif field.name == "teachers":
+            command = click.option("--teacher", field.name, multiple=True, metavar="NAME", help=text)(command)
         elif field.name.startswith("tune_"):
             command = click.option(
                 f"--{name}", default="none", show_default=True, callback=blocks, metavar="none|N|all", help=text
@@ -432,15 +436,22 @@ def match_table(matches: Matches) -> str:
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Folder of the ONNX model.")
 @click.option("--int8", is_flag=True, help="Weights of one byte: a quarter of the size, nearly the same answers.")
-def export(model: str, out: str, int8: bool) -> None:
+@click.option(
+    "--pictures",
+    metavar="DIR",
+    help="With --int8: photographs that tell the scale of what flows between convolutions, which else stay float.",
+)
+def export(model: str, out: str, int8: bool, pictures: str | None) -> None:
     """Write MODEL (a model folder or training run) as an ONNX model.
 
-    It searches without PyTorch, faster and with less memory. Its embeddings of random pictures and sentences are
-    compared with those of PyTorch first; if they differ, nothing is written.
+    It searches without PyTorch, faster and with less memory. Its embeddings of pictures (random ones, or of --pictures)
+    and of random sentences are compared with those of PyTorch first; if they differ, nothing is written.
     """
     from clipmatch.export import export_model
 
-    done = export_model(model, out, int8)
+    if pictures and not int8:
+        refuse_idle({"pictures"}, "A float model needs no scales")
+    done = export_model(model, out, int8, pictures)
     for side, difference in done.differences.items():
         size = (done.folder / f"{side}.onnx").stat().st_size / 1e6
         click.echo(f"{side}.onnx  {size:.1f} MB  largest 1 - cosine from PyTorch {difference:.1e}")

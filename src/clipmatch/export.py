@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from clipmatch.checkpoint import Checkpoint, atomic_folder, load_checkpoint, refuse_foreign
 from clipmatch.config import to_json
-from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder
+from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder, read_batches
 from clipmatch.errors import ClipmatchError
+from clipmatch.index import list_images
 from clipmatch.model import last_hidden_state, leading_tokens
 from clipmatch.modelfolder import (
     CALIBRATION,
@@ -44,10 +45,11 @@ from clipmatch.modelfolder import (
     fingerprint_of,
     write_json,
 )
-from clipmatch.preprocess import Tokenizer
+from clipmatch.preprocess import Tokenizer, Transform
 
 BOUND = 1e-4  # the largest 1 - cosine between PyTorch's embedding and the float graph's that is accepted
 INT8_BOUND = 0.05
+SCALING, CHECKING = 300, 20  # photographs that tell the scale of what flows between convolutions; that are compared
 FILES = (IMAGE_GRAPH, TEXT_GRAPH, TOKENIZER)
 
 
@@ -62,14 +64,19 @@ class Export:
     differences: dict[str, float]
 
 
-def export_model(model: str | Path, out: str | Path, int8: bool = False) -> Export:
+def export_model(model: str | Path, out: str | Path, int8: bool = False, pictures: str | Path | None = None) -> Export:
     """A model folder (or run, or hub repository of one) -> an ONNX model folder, in one step.
 
-    int8: weights of a byte instead of four, for a quarter of the size (convolutions stay float).
-    Raises ClipmatchError when a tower can't be expressed in ONNX, when the embeddings of random pictures and sentences
-    differ by more than `BOUND` (`INT8_BOUND`) from PyTorch's, or when `out` holds other files; nothing is written then.
+    int8: weights of a byte instead of four, for a quarter of the size. A tower of convolutions stays float unless
+    `pictures`, a folder of photographs, tells the scale of what flows between them: then it computes on bytes.
+    Raises ClipmatchError when a tower can't be expressed in ONNX, when embeddings differ by more than `BOUND`
+    (`INT8_BOUND`) from PyTorch's on random sentences and on random pictures (or photographs of the folder, if one is
+    given), or when `out` holds other files; nothing is written then.
     """
     checkpoint = load_checkpoint(model)
+    scaling, checking = sample_pixels(pictures, checkpoint.transform) if pictures else (None, None)
+    if checking is None:
+        checking = random_pixels(checkpoint.transform.config.size)
     folder = Path(out).expanduser().resolve()
     refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES})
     architecture, preprocess = to_json(checkpoint.model.architecture()), to_json(checkpoint.transform.config)
@@ -78,11 +85,13 @@ def export_model(model: str | Path, out: str | Path, int8: bool = False) -> Expo
         write_graphs(checkpoint, draft)
         checkpoint.tokenizer.save(draft / TOKENIZER)
         if int8:
-            for name in (IMAGE_GRAPH, TEXT_GRAPH):
-                quantise(draft / name)
+            quantise_weights(draft / TEXT_GRAPH)
+            quantise_weights(draft / IMAGE_GRAPH)
+            if scaling is not None:
+                quantise_convolutions(draft / IMAGE_GRAPH, scaling)
         fingerprint = fingerprint_of([draft / name for name in FILES], [architecture, preprocess])
         write_json(draft / CONFIG, config_values(architecture, preprocess, about, fingerprint))
-        differences = compare(TorchEmbedder(checkpoint, "cpu"), OnnxEmbedder(draft), checkpoint.tokenizer)
+        differences = compare(TorchEmbedder(checkpoint, "cpu"), OnnxEmbedder(draft), checkpoint.tokenizer, checking)
         refuse_difference(differences, int8)
         about["exported_from"] = {
             "fingerprint": checkpoint.fingerprint,
@@ -228,32 +237,65 @@ def quiet() -> Iterator[None]:
 # Bytes instead of floats
 
 
-def quantise(path: Path) -> None:
-    """Make a float graph an int8 graph, in place.
+def quantise_weights(path: Path) -> None:
+    """Hold the large matrices of a float graph as bytes, in place.
 
-    The towers' matrices of weights are held as int8 with a scale for each column, and their products computed on bytes,
-    the other factor being rounded as it comes (the batch decides its scale). Tables of word vectors have a scale for
-    each row. The heads stay float: they are small, and they may subtract a large mean, whose error would swamp the
-    rest. The exporter writes their products, of pooled rows, as Gemm, and those of the towers as MatMul.
+    Word vectors have a scale for each row. The towers' matrices have one for each 64 numbers of a column, and what they
+    are multiplied with is rounded row by row, so that no row depends on its neighbours in a batch. The heads stay
+    float: they are small, and they may subtract a large mean, whose error would swamp the rest. (The exporter writes
+    their products, of pooled rows, as Gemm, and those of the towers as MatMul.)
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(str(path))
     quantise_tables(model.graph)
-    products = [node.name for node in model.graph.node if node.op_type == "MatMul"]
-    if not products:  # a tower of convolutions; an empty list would mean all
-        onnx.save(model, str(path))
-        return
     with quiet():
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=products,
+        quantiser = MatMulNBitsQuantizer(model, bits=8, block_size=64, is_symmetric=True, accuracy_level=4)
+        quantiser.process()
+    onnx.save(quantiser.model.model, str(path))
+
+
+def quantise_convolutions(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Make the convolutions of a graph compute on bytes, in place (Jacob et al. 2018).
+
+    Their weights get a scale for each channel. What flows between them gets one scale a place, from its range over
+    pixels [n, s, s, 3]. Raises ClipmatchError if there are no convolutions.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Pictures(CalibrationDataReader):  # type: ignore[misc]
+        rest = iter(pixels)
+
+        def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+            picture = next(self.rest, None)
+            return None if picture is None else {"pixels": picture[None]}
+
+    if not any(node.op_type == "Conv" and len(node.input) for node in onnx.load(str(path)).graph.node):
+        raise ClipmatchError("The image tower has no convolutions; export without pictures.")
+    with quiet():
+        quant_pre_process(str(path), str(path), skip_symbolic_shape=True)
+        quantize_static(
+            str(path),
+            str(path),
+            Pictures(),
+            op_types_to_quantize=["Conv", "Add", "Clip"],
+            nodes_to_exclude=head_nodes(onnx.load(str(path)).graph),
             per_channel=True,
+            activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            reduce_range=True,  # 7 bits: processors without VNNI add products in pairs, in 16 bits that 8 can overflow
         )
+
+
+def head_nodes(graph: onnx.GraphProto) -> list[str]:
+    """The names of a graph's nodes from the first products of the heads on: they stay float."""
+    behind: set[str] = set()
+    names = []
+    for node in graph.node:
+        if node.op_type == "Gemm" or behind.intersection(node.input):
+            behind.update(node.output)
+            names.append(node.name)
+    return names
 
 
 def quantise_tables(graph: onnx.GraphProto) -> None:
@@ -302,12 +344,30 @@ def look_up(
 # Comparing
 
 
-def compare(original: BatchedEmbedder, copy: BatchedEmbedder, tokenizer: Tokenizer) -> dict[str, float]:
-    """The largest 1 - cosine between the two models' embeddings of random pictures ("image") and texts ("text").
+def sample_pixels(folder: str | Path, transform: Transform) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Photographs spread over a folder -> pixels [n, s, s, 3] to find scales with, and others to compare on.
+
+    Raises ClipmatchError if fewer than `SCALING` + `CHECKING` can be read.
+    """
+    paths = list_images(folder)
+    spread = paths[:: max(1, len(paths) // (SCALING + CHECKING))][: SCALING + CHECKING]
+    batches = [batch.pixels for batch in read_batches(spread, transform) if batch.paths]
+    pixels = np.concatenate(batches) if batches else np.empty(0, np.uint8)
+    if len(pixels) <= CHECKING:
+        raise ClipmatchError(
+            f"{folder} has too few readable photographs ({len(pixels)}); more than {CHECKING} are needed."
+        )
+    return pixels[CHECKING:], pixels[:CHECKING]
+
+
+def compare(
+    original: BatchedEmbedder, copy: BatchedEmbedder, tokenizer: Tokenizer, pixels: NDArray[np.uint8]
+) -> dict[str, float]:
+    """The largest 1 - cosine between the two models' embeddings of pictures ("image") and random texts ("text").
 
     The copy gets the first one alone and the others together, so that both shapes of a batch are seen to work.
     """
-    pixels, texts = random_pixels(original.transform.config.size), random_texts(tokenizer)
+    texts = random_texts(tokenizer)
     images = np.concatenate([copy.encode_pixels(pixels[:1]), copy.encode_pixels(pixels[1:])])
     words = np.concatenate([copy.encode_strings(texts[:1]), copy.encode_strings(texts[1:])])
     return {

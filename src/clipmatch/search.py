@@ -63,7 +63,9 @@ def find_matches(
     progress: bool = True,
     min_confidence: float | None = None,
 ) -> Matches:
-    """The `top_k` images that match a sentence best.
+    """The `top_k` images that match a sentence best: by confidence if the model is calibrated, else by cosine.
+
+    Confidence allows for images that are near to every sentence, so it is the better order (benchmarks/confidence.py).
 
     model: a loaded model, or the name of one as for `load_model`; None: the one that comes with clipmatch. images: a
     folder (searched with its subfolders) or a list of files. Each image is embedded once and remembered; a bad one is
@@ -91,8 +93,10 @@ def find_matches(
         raise ClipmatchError(f"None of the {len(paths)} images can be read; the first: {gallery.failures[0].reason}.")
     row = embedder.embed_texts([query])[0]
     scores = gallery.rows @ row  # [n]
-    chances = calibration.probabilities(row, gallery.rows).tolist() if calibration else [None] * len(scores)
-    order = np.argsort(-scores, kind="stable")
-    found = [Match(gallery.paths[i], float(scores[i]), chances[i]) for i in order[:top_k]]
+    chances = calibration.probabilities(row, gallery.rows) if calibration else None
+    order = np.argsort(-scores, kind="stable") if chances is None else np.lexsort((-scores, -chances))
+    found = [
+        Match(gallery.paths[i], float(scores[i]), None if chances is None else float(chances[i])) for i in order[:top_k]
+    ]
     sure = [match for match in found if min_confidence is None or (match.confidence or 0.0) >= min_confidence]
     return Matches(query, sure, gallery.failures, found[0])
