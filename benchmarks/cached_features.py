@@ -20,7 +20,7 @@ import torch
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import load_captions, split_captions
-from clipmatch.demo import learn_tokenizer
+from clipmatch.demo_train import learn_tokenizer
 from clipmatch.loss import contrastive_loss
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform, load_image

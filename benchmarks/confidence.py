@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmatch import calibration as cal
+from clipmatch import calibration_fit as cal
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 from clipmatch.evaluation import RECALLS, bootstrap_interval

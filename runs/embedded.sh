@@ -3,7 +3,8 @@
 #
 #     runs/embedded.sh DATA OUT
 #
-# DATA as for runs/flickr8k.sh; all pictures outside dev are trained on. OUT/model is what lies in src/clipmatch/embedded.
+# DATA as for runs/flickr8k.sh; all pictures outside dev are trained on. OUT/model, once runs/model_card.sh has measured
+# it, is what lies in src/clipmatch/embedded.
 # Needs Debian's wordnet-base beside what `make setup` installs. Run it again after an interruption: what is finished is
 # kept, what was going on is resumed. About two hours on two CPU cores.
 set -euo pipefail
@@ -29,7 +30,7 @@ DATA_OPTIONS=(--train-split "$OUT/train.txt" --dev-split "$DATA/splits/dev.txt" 
 # 1. The heads, on features of both frozen towers.
 train heads "${DATA_OPTIONS[@]}" --image-tower "$OUT/towers/lite2" --text-tower "$OUT/towers/minilm" \
     --image-pooling mean+max --text-pooling mean --feature-dropout 0.2 \
-    --epochs 20 --batch-size 500 --evaluate-every 10
+    --epochs 20 --batch-size 250 --evaluate-every 5
 
 # 2. From there, the whole text tower and the last five blocks of the image tower.
 train tuned "${DATA_OPTIONS[@]}" --model "$OUT/heads" --tune-text all --tune-image 5 --views 4 \
@@ -43,7 +44,7 @@ fi
 # 4. The compact model learns what both together make of every pair.
 train taught "${DATA_OPTIONS[@]}" --model "$OUT/tuned" --tune-text all --tune-image 5 --views 4 \
     --teacher "$OUT/tuned" --teacher "$OUT/flickr8k/tuned" --teacher-weight 0.7 \
-    --epochs 10 --batch-size 250 --rate-heads 8e-4 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
+    --epochs 8 --batch-size 250 --rate-heads 8e-4 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
 
 # 5. Bytes instead of floats; training pictures tell the scale of what flows between the convolutions.
 if [ ! -f "$OUT/model/config.json" ]; then
@@ -52,17 +53,3 @@ if [ ! -f "$OUT/model/config.json" ]; then
     sed "s|^|$DATA/Images/|" "$OUT/train.txt" | xargs ln -s -t "$OUT/pictures"
     clipmatch export "$OUT/taught" --out "$OUT/model" --int8 --pictures "$OUT/pictures"
 fi
-
-# 6. Figures as shipped; how sure its matches are; the model card.
-measure() {
-    clipmatch evaluate --model "$1" --captions "$DATA/captions.txt" --images "$DATA/Images" \
-        --split "$DATA/splits/dev.txt" --json "$2"
-}
-measure "$OUT/taught" "$OUT/evaluation_float.json"
-measure "$OUT/model" "$OUT/evaluation.json"
-for split in dev test; do
-    python benchmarks/everyday.py --model "$OUT/model" --split $split --json "$OUT/everyday_$split.json"
-done
-python benchmarks/confidence.py --model "$OUT/model" --captions "$DATA/captions.txt" --images "$DATA/Images" \
-    --dev-split "$DATA/splits/dev.txt" --train-split "$OUT/train.txt" --json "$OUT/confidence.json" --save "$OUT/model"
-python runs/model_card.py "$OUT"

@@ -1,8 +1,8 @@
-"""Put the figures of runs/embedded.sh into the model's config.json and write its model card, README.md.
+"""Put the figures of runs/model_card.sh into the model's config.json and write its model card, README.md.
 
     python runs/model_card.py OUT
 
-In: OUT/model and the JSON files that the recipe has measured beside it. Out: OUT/model/README.md; and in
+In: OUT/model and the JSON files that runs/model_card.sh has measured beside it. Out: OUT/model/README.md; and in
 OUT/model/config.json what `clipmatch models` shows.
 """
 

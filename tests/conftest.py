@@ -14,8 +14,9 @@ from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerF
 from clipmatch.checkpoint import Checkpoint, save_checkpoint
 from clipmatch.config import ModelConfig, PreprocessConfig
 from clipmatch.data import load_captions
-from clipmatch.demo import learn_tokenizer
+from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
+from clipmatch.modelfolder import EMBEDDED, IMAGE_GRAPH
 from clipmatch.preprocess import Tokenizer, Transform
 from clipmatch.scenes import generate
 
@@ -87,11 +88,36 @@ def towers(vocabulary, tmp_path_factory):
     return folder
 
 
+CORE = """\
+import sys
+sys.modules.update(torch=None, matplotlib=None, skimage=None)  # importing one of them fails, as if it were not there
+from clipmatch.cli import main
+main()
+"""
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """`clipmatch demo`, run in full once -> (its folder, what it printed)."""
+def embedded():
+    """For tests of the model that comes with clipmatch: a checkout without its files skips them."""
+    if not (EMBEDDED / IMAGE_GRAPH).is_file():
+        pytest.skip("this checkout has no embedded model")
+
+
+@pytest.fixture(scope="session")
+def demo(embedded, tmp_path_factory):
+    """`clipmatch demo`, run once without PyTorch -> (its folder, what it printed)."""
+    place = tmp_path_factory.mktemp("visitor")
+    environment = {**os.environ, "CLIPMATCH_CACHE": str(place / "cache")}
+    command = [sys.executable, "-c", CORE, "demo"]
+    done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return place / "clipmatch-demo", done.stdout
+
+
+@pytest.fixture(scope="session")
+def training_demo(tmp_path_factory):
+    """`clipmatch demo --train`, run in full once -> (its folder, what it printed)."""
     place = tmp_path_factory.mktemp("newcomer")
     environment = {**os.environ, "CLIPMATCH_CACHE": str(place / "cache")}
-    command = [sys.executable, "-m", "clipmatch.cli", "demo"]
+    command = [sys.executable, "-m", "clipmatch.cli", "demo", "--train"]
     done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return place / "clipmatch-demo", done.stdout

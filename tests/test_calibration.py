@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipmatch.calibration import (
-    CALIBRATION,
+from clipmatch.calibration import Bank, Calibration
+from clipmatch.calibration_fit import (
     Answers,
-    Bank,
-    Calibration,
     ask,
     calibrate,
     figures_of,
@@ -23,6 +21,7 @@ from clipmatch.calibration import (
     simulate,
 )
 from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import CALIBRATION
 
 ROOT = Path(__file__).parents[1]
 SIX = float(np.log(6))  # a weight that makes a cosine of 1 six times as likely as one of 0

@@ -17,7 +17,6 @@ from clipmatch import checkpoint as module
 from clipmatch.checkpoint import (
     Checkpoint,
     create_checkpoint,
-    find_folder,
     load_checkpoint,
     load_preprocessing,
     load_tokenizer,
@@ -27,6 +26,7 @@ from clipmatch.checkpoint import (
 from clipmatch.config import ModelConfig, PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, build_backbone
+from clipmatch.modelfolder import find_folder
 from clipmatch.preprocess import Transform
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}

@@ -56,7 +56,7 @@ def test_help_lists_the_commands_in_words():
 
 def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for _, command, *words in lines:
         known = {option for parameter in main.commands[command].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known

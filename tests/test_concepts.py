@@ -69,3 +69,9 @@ def test_a_damaged_file_is_named(tmp_path, content):
         (tmp_path / "bad").write_bytes(content)
     with pytest.raises(ClipmatchError, match="bad can't be read"):
         load_concepts(tmp_path / "bad", 4)
+
+
+def test_directions_that_lie_column_by_column_in_memory_are_read_as_they_were(tmp_path):
+    directions = np.arange(6, dtype=np.float32).reshape(3, 2).T  # [2, 3], a view of its transpose
+    Concepts(np.zeros(3, np.float32), directions, [["a"], ["b"]], [[], []]).save(tmp_path / "c.safetensors")
+    assert load_concepts(tmp_path / "c.safetensors", 3).directions.tolist() == [[0, 2, 4], [1, 3, 5]]

@@ -1,49 +1,110 @@
-"""The demo as a newcomer runs it, in full: the promise of the README's first screen."""
+"""The search of sample photographs as a newcomer runs it, in an installation without PyTorch."""
 
-import json
 import re
+from importlib.metadata import PackageNotFoundError, distribution
 
-from clipmatch.data import load_captions
-from clipmatch.demo import is_unfinished, small_settings
+import pytest
+from click.testing import CliRunner
+
+from clipmatch.cli import main
+from clipmatch.demo import PHOTOGRAPHS, QUERIES, best_matches, sample_photographs
+from clipmatch.search import Match, Matches
+
+SHOWS = {
+    "a cat": "chelsea.png",
+    "a cup of coffee": "coffee.png",
+    "an astronaut": "astronaut.png",
+    "a rocket launch": "rocket.jpg",
+    "coins": "coins.png",
+    "the moon": "moon.png",
+    "a motorcycle": "motorcycle_left.png",
+}
 
 
-def test_the_demo_keeps_its_promise(demo):
+def run(*arguments):
+    return CliRunner().invoke(main, ["demo", *map(str, arguments)])
+
+
+def answers(output):
+    """What is printed -> query: file name of the best match."""
+    return dict(re.findall(r"^(.+?) +-?\d\.\d{3}  (?:\d\.\d\d  )?(\S+)$", output, re.MULTILINE))
+
+
+def test_most_queries_find_what_they_name(demo):
+    _, output = demo
+    found = answers(output)
+    assert list(found) == list(QUERIES) == list(SHOWS)
+    assert set(found.values()) <= set(PHOTOGRAPHS)
+    assert found["a cat"] == SHOWS["a cat"]
+    assert found["a cup of coffee"] == SHOWS["a cup of coffee"]
+    assert sum(found[query] == SHOWS[query] for query in QUERIES) > len(QUERIES) / 2
+
+
+def test_the_page_shows_what_is_printed_and_stands_alone(demo):
     folder, output = demo
-    figures = json.loads((folder / "evaluation.json").read_text())
-    assert figures["gallery"] == figures["images"] == 500
-    assert figures["captions"] == 2500
-    assert figures["text_to_image"]["chance"]["recall@1"] == 1 / 500
-    assert figures["text_to_image"]["recall@1"] >= 0.5
-    low, high = figures["text_to_image"]["interval"]["recall@1"]
-    assert low < figures["text_to_image"]["recall@1"] < high
-    assert "500 images, 2500 captions" in output
-    assert f"R@1 {100 * figures['text_to_image']['recall@1']:.1f}" in output
-
-
-def test_the_report_stands_alone(demo):
-    folder, output = demo
-    page = (folder / "report.html").read_text()
-    assert "data:image/jpeg;base64," in page
-    assert all(query in page for query in re.findall(r'^"(.+)"$', output, re.MULTILINE))
-    for outside in ('src="http', "src='http", 'href="http', "<script src", "@import"):
+    assert f"\npage: {folder.name}/photographs.html\n" in output
+    page = (folder / "photographs.html").read_text(encoding="utf-8")
+    sections = page.split("<h3>")[1:]
+    assert len(sections) == len(QUERIES)
+    for section, (query, name) in zip(sections, answers(output).items(), strict=True):
+        assert section.startswith(f"{query}</h3>")
+        shown = re.findall(r'src="data:image/jpeg;base64,[^"]+" alt="([^"]+)"', section)
+        assert shown[0] == name
+        assert len(set(shown)) == 5
+        assert 'class="right"' not in section  # the page does not know
+    for outside in ("http:", "https:", "<script", "@import"):
         assert outside not in page
 
 
-def test_the_queries_have_an_answer_and_most_find_it(demo):
-    folder, output = demo
-    rows = load_captions(folder / "scenes").rows
-    dev = [row for row in rows if row.path.name.startswith("dev")]
-    asked = re.findall(r'^"(.+)"\n((?:  .+\n)+)', output, re.MULTILINE)
-    assert len(asked) == 4
-    answers = [[row.path.name for row in dev if query in row.captions] for query, _ in asked]
-    assert all(answers)
-    assert sum(any(name in found for name in names) for names, (_, found) in zip(answers, asked, strict=True)) >= 2
+def test_it_ends_with_what_to_type_next(demo):
+    _, output = demo
+    search, train = output.splitlines()[-2:]
+    assert search.endswith('  clipmatch find "a dog on a beach" --images ~/Pictures')
+    assert train.endswith("  clipmatch demo --train")
 
 
-def test_a_finished_run_is_not_resumed(demo):
-    folder, _ = demo
-    settings = small_settings(folder / "run")
-    assert not is_unfinished(folder / "run", settings)
-    state = folder / "run" / "last" / "state.json"
-    values = json.loads(state.read_text())
-    assert values["step"] == values["total"]
+def test_confidence_is_printed_where_the_model_knows_it(tmp_path):
+    results = [(query, Matches(query, [Match(tmp_path / f"{query}.png", 0.25, 0.5)])) for query in ("ox", "a dog")]
+    assert best_matches(results) == [
+        "query  score  conf  best match",
+        "ox     0.250  0.50  ox.png",
+        "a dog  0.250  0.50  a dog.png",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["scikit-image", "jinja2"])
+def test_without_the_extra_it_says_what_to_install(missing, tmp_path, monkeypatch):
+    def look_up(name):
+        if name == missing:
+            raise PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr("clipmatch.demo.distribution", look_up)
+    done = run("--out", tmp_path / "demo")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert (
+        done.stderr == f'Error: The demo needs the package {missing}; install it with: pip install "clipmatch[demo]"\n'
+    )
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_installation_without_the_photographs(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.demo.FOLDER", "skimage/none")
+    done = run("--out", tmp_path / "demo")
+    assert done.exit_code == 1
+    assert "scikit-image is installed without its sample photographs" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_photographs_are_all_there():
+    assert [path.name for path in sample_photographs()] == list(PHOTOGRAPHS)
+
+
+def test_a_seed_without_training_is_refused(tmp_path):
+    done = run("--seed", 0, "--out", tmp_path / "demo")
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "Error: Without --train nothing is drawn or learnt, so --seed would change nothing; leave it out.\n"
+    )
+    assert not (tmp_path / "demo").exists()

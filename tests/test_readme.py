@@ -63,9 +63,9 @@ def test_the_verbs_of_make_exist():
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= rules
 
 
-def test_the_sample_search_is_real(demo):
+def test_the_sample_search_is_real(training_demo):
     """Scores differ a little between processors; what the pictures show does not."""
-    folder, _ = demo
+    folder, _ = training_demo
     shown = blocks("console")[0].strip().splitlines()
     command, sample = shown[0].removeprefix("$ "), shown[1:]
     done = run(shlex.split(command), folder.parent)

@@ -10,6 +10,7 @@ from PIL import Image
 from clipmatch import report
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import Evaluation, measure, retrieval_ranks
+from clipmatch.search import Match
 
 pytest.importorskip("matplotlib", reason='the reports need pip install "clipmatch[train]"')
 pytest.importorskip("jinja2", reason='the reports need pip install "clipmatch[train]"')
@@ -95,7 +96,7 @@ def history():
 
 
 def matches(evaluation, count=4):
-    return [SimpleNamespace(path=path, score=0.5 - 0.1 * i) for i, path in enumerate(evaluation.paths[:count])]
+    return [Match(path, 0.5 - 0.1 * i) for i, path in enumerate(evaluation.paths[:count])]
 
 
 def write_card(evaluation, path, history=None):
@@ -173,6 +174,15 @@ def test_demo_report_shows_facts_and_matches(evaluation, history, tmp_path):
     assert page.after("Pictures found", 5)[1:] == ["1 · 0.500", "2 · 0.400", "3 · 0.300", "4 · 0.200"]
     assert page.alts[:2] == ["square0.png", "square1.png"]
     assert page.after("Text → image", 5)[4] == f"{100 * evaluation.text_to_image['recall@1']:.1f} %"
+
+
+def test_a_search_page_shows_confidence_where_it_is_known(evaluation, tmp_path):
+    sure = [Match(path, 0.25, confidence) for path, confidence in zip(evaluation.paths, (0.9, 0.05), strict=False)]
+    results = [(HOSTILE, sure), ("a square", matches(evaluation, 1))]
+    page = Page(report.write_search_page(results, tmp_path / "search.html", {"Pictures": "12"}))
+    assert page.after("Pictures", 1) == ["12"]
+    assert page.after(HOSTILE, 2) == ["1 · 0.250, conf 0.90", "2 · 0.250, conf 0.05"]
+    assert page.after("a square", 1) == ["1 · 0.500"]
 
 
 def test_a_missing_picture_is_a_grey_box(evaluation, tmp_path):

@@ -21,10 +21,10 @@ from clipmatch.checkpoint import Checkpoint, create_checkpoint, load_checkpoint,
 from clipmatch.concepts import Concepts
 from clipmatch.config import DataConfig, ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import Splits, load_captions, read_split, split_captions
-from clipmatch.demo import learn_tokenizer
+from clipmatch.demo_train import learn_tokenizer
 from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import CLIPModel
+from clipmatch.model import CLIPModel, Standardise, fold_standardisation
 from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
 from clipmatch.preprocess import Transform
 from clipmatch.runtime import Precision
@@ -126,18 +126,36 @@ def test_a_run_folder_holds_what_it_says(splits, tokenizer, tmp_path):
     assert all(0 < value <= 100 for value in scale)
 
 
-def test_the_best_model_is_kept_not_the_last(splits, tokenizer, tmp_path, monkeypatch):
-    looks = iter([0.2, 0.9, 0.4])
+def script_looks(monkeypatch, *recalls):
+    """What a run will see at each look at dev, instead of what is there."""
+    looks = iter(recalls)
 
     def figures(self):
         recall = next(looks)
         return {d: {f"recall@{k}": recall for k in (1, 5, 10)} for d in ("text_to_image", "image_to_text")}
 
     monkeypatch.setattr(Trainer, "measure_dev", figures)
+
+
+def test_the_best_model_is_kept_not_the_last(splits, tokenizer, tmp_path, monkeypatch):
+    script_looks(monkeypatch, 0.2, 0.9, 0.4)
     result = train(splits, whole(tmp_path / "run", epochs=3), tiny(tokenizer), tokenizer=tokenizer, progress=False)
     assert result.dev["text_to_image"]["recall@1"] == 0.9
     assert load_checkpoint(tmp_path / "run").about["step"] == 6
     assert not same(weights(tmp_path / "run"), weights(tmp_path / "run", "last"))
+
+
+@pytest.mark.parametrize(("looks", "best"), [((0.5, 0.3, 0.4), 0), ((0.5, 0.3, 0.6), 6)])
+def test_the_model_that_training_began_with_counts_too(
+    splits, trained_towers, tmp_path, monkeypatch, capsys, looks, best
+):
+    script_looks(monkeypatch, *looks)
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=2, batch_size=16, precision="float32")
+    result = train(splits, settings, trained_towers, progress=False)
+    assert result.dev["text_to_image"]["recall@1"] == max(looks)
+    assert load_checkpoint(tmp_path / "run").about["step"] == best
+    assert same(weights(tmp_path / "run"), load_file(trained_towers / "model.safetensors")) == (best == 0)
+    assert ("training never beat it on dev" in capsys.readouterr().err) == (best == 0)
 
 
 def test_early_stopping(splits, tokenizer, tmp_path, monkeypatch):
@@ -158,7 +176,7 @@ def test_heads_learn_while_the_towers_stay(splits, trained_towers, tmp_path):
     train(splits, settings, trained_towers, progress=False)
     before, after = load_file(trained_towers / "model.safetensors"), weights(tmp_path / "run", "last")
     for name, value in before.items():
-        assert torch.equal(value, after[name]) == (".backbone." in name), name
+        assert torch.equal(value, after[name]) == (".backbone." in name or ".standardise." in name), name
 
 
 def test_features_are_computed_once(splits, trained_towers, tmp_path, monkeypatch):
@@ -273,7 +291,8 @@ def test_the_average_of_the_weights_by_hand():
     assert layer.weight.item() == 20.0
 
 
-def test_the_average_is_what_is_measured_and_kept(splits, trained_towers, tmp_path):
+def test_the_average_is_what_is_measured_and_kept(splits, trained_towers, tmp_path, monkeypatch):
+    script_looks(monkeypatch, 0.1, 0.2)  # before, after
     settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16, average=0.99, precision="float32")
     train(splits, settings, trained_towers, progress=False)
     name = "image_encoder.fc.weight"
@@ -308,7 +327,8 @@ def run_of_heads(out, **changes):
 
 def test_a_teacher_passes_on_what_it_likes(splits, trained_towers, tmp_path):
     """A student that hears only its teacher ends with the teacher's cosines between pictures and captions."""
-    train(splits, whole(tmp_path / "teacher", epochs=4), trained_towers, progress=False)
+    train(splits, whole(tmp_path / "run", epochs=4), trained_towers, progress=False)
+    (tmp_path / "run" / "last").rename(tmp_path / "teacher")
     alone = train(splits, run_of_heads(tmp_path / "alone"), trained_towers, progress=False)
     settings = run_of_heads(tmp_path / "taught", teachers=(str(tmp_path / "teacher"),), teacher_weight=1.0)
     taught = train(splits, settings, trained_towers, progress=False)
@@ -320,8 +340,7 @@ def test_a_teacher_passes_on_what_it_likes(splits, trained_towers, tmp_path):
         return (images @ model.embed_texts([row.captions[0] for row in rows]).T).ravel()
 
     teacher = liking(tmp_path / "teacher")
-    of_alone, of_taught = (np.corrcoef(teacher, liking(run.model))[0, 1] for run in (alone, taught))
-    print(of_alone, of_taught)
+    of_alone, of_taught = (np.corrcoef(teacher, liking(run.model.with_name("last")))[0, 1] for run in (alone, taught))
     assert of_taught > of_alone + 0.1
     about = json.loads((tmp_path / "taught" / "best" / "config.json").read_text())["about"]
     assert about["taught_by"] == [load_model(tmp_path / "teacher").fingerprint]
@@ -559,16 +578,32 @@ def test_decay_and_rates_by_part(tokenizer):
     assert found["text_encoder.backbone.embeddings.LayerNorm.weight"] == (2.0, 0.0)
 
 
-def test_a_fresh_head_sees_standardised_features():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    plain = torch.nn.Linear(4, 3)
-    plain.load_state_dict(layer.state_dict())
-    rows = np.random.default_rng(0).normal([5, -3, 0, 7], [0.01, 10, 1, 0], (1000, 4)).astype(np.float32)
+def test_features_are_standardised_by_what_a_sample_of_them_says():
+    """Each has mean 0 and, but for a constant one, nearly spread 1, whatever its own scale."""
+    layer = Standardise(4)
+    rows = np.random.default_rng(0).normal([5, -3, 0, 7], [0.5, 10, 1, 0], (1000, 4)).astype(np.float32)
+    assert torch.equal(layer(torch.tensor(rows)), torch.tensor(rows))  # not set yet
     standardise_input(layer, rows)
-    spread = np.where(rows.std(axis=0) > 0, rows.std(axis=0), 1)
-    expected = plain(torch.tensor((rows - rows.mean(axis=0)) / spread))
-    torch.testing.assert_close(layer(torch.tensor(rows)), expected, atol=0.1, rtol=0.1)
+    ready = layer(torch.tensor(rows))
+    torch.testing.assert_close(ready.mean(dim=0), torch.zeros(4), atol=1e-3, rtol=0)
+    assert ready.std(dim=0).tolist() == pytest.approx([0.8, 1, 0.9, 0], abs=0.1)
+
+
+def test_a_standardised_head_is_a_plain_one_with_other_numbers(tokenizer):
+    """So an exported graph has one layer less, and its head is as it always was."""
+    model = CLIPModel(tiny(tokenizer)).eval()
+    rows = np.random.default_rng(0).normal(3, 2, (50, 32)).astype(np.float32)
+    standardise_input(model.text_encoder.standardise, rows)
+    before = model.project_text(torch.tensor(rows))
+    fold_standardisation(model.text_encoder)
+    torch.testing.assert_close(model.project_text(torch.tensor(rows)), before, atol=1e-5, rtol=1e-5)
+
+
+def test_model_folders_without_standardisation_still_load(tokenizer):
+    model = CLIPModel(tiny(tokenizer))
+    weights = {name: value for name, value in model.state_dict().items() if ".standardise." not in name}
+    assert len(weights) == len(model.state_dict()) - 4
+    model.load_state_dict(weights)
 
 
 def test_epochs_cover_every_picture_once_and_continue_anywhere():

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.model import CLIPModel, Tower
 from clipmatch.modelfolder import (
@@ -31,11 +31,11 @@ from clipmatch.modelfolder import (
     TOKENIZER,
     WEIGHTS,
     config_values,
+    find_folder,
     fingerprint_of,
     read_config,
+    write_json,
 )
-from clipmatch.modelfolder import find_folder as find_folder  # part of this module's interface
-from clipmatch.modelfolder import write_json as write_json
 from clipmatch.preprocess import Tokenizer, Transform
 
 PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
@@ -56,6 +56,10 @@ class Checkpoint:
     def __post_init__(self) -> None:
         # So that the model alone can be saved again: `CLIPModel.from_pretrained(a).save_pretrained(b)`.
         self.model.tokenizer, self.model.transform, self.model.about = self.tokenizer, self.transform, self.about
+
+    def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> str:
+        """Write the model folder (`save_checkpoint`); a model that is kept in another form does it in its own way."""
+        return save_checkpoint(self, folder, extra)
 
 
 def create_checkpoint(config: ModelConfig, tokenizer: Tokenizer | None = None, **preprocess: Any) -> Checkpoint:
@@ -142,7 +146,7 @@ def parse_preprocessing(values: dict[str, Any]) -> PreprocessConfig:
 def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str, Any] | None = None) -> str:
     """Write the model folder in one step: readers see the old folder or the new one. Returns the fingerprint.
 
-    extra: further files for the folder, name -> dict of tensors (safetensors) or JSON value.
+    extra: further files for the folder, as `write_extra` takes them.
     Raises ClipmatchError when the folder can't be written or holds files of anything but an earlier save.
     """
     extra = extra or {}
@@ -156,12 +160,17 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
         preprocess = to_json(checkpoint.transform.config)
         fingerprint = fingerprint_of([draft / WEIGHTS, draft / TOKENIZER], [architecture, preprocess])
         write_json(draft / CONFIG, config_values(architecture, preprocess, checkpoint.about, fingerprint))
-        for name, value in extra.items():
-            if name.endswith(".safetensors"):
-                save_file(value, draft / name)
-            else:
-                write_json(draft / name, value)
+        write_extra(draft, extra)
     return fingerprint
+
+
+def write_extra(folder: Path, extra: dict[str, Any]) -> None:
+    """Further files: name -> dict of tensors (safetensors) or JSON value."""
+    for name, value in extra.items():
+        if name.endswith(".safetensors"):
+            save_file(value, folder / name)
+        else:
+            write_json(folder / name, value)
 
 
 def refuse_foreign(folder: Path, names: set[str]) -> None:
@@ -208,7 +217,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     values = read_config(folder)
     if not (folder / WEIGHTS).exists() and (folder / IMAGE_GRAPH).exists():
         raise ClipmatchError(
-            f"The model in {folder} is an ONNX export, good for searching only; name the folder that it was made from."
+            f"The model in {folder} is in ONNX form already and has no PyTorch weights; search with it as it is or name"
+            " the folder that it was exported from."
         )
     try:
         model = CLIPModel(model_config(values["model"]))
@@ -216,7 +226,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         tokenizer = Tokenizer.from_file(folder / TOKENIZER)
         transform = Transform(from_json(PreprocessConfig, values["preprocess"]))
     except (ClipmatchError, OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")[:300]
+        reason = reason_of(error)
         raise ClipmatchError(f"The model folder {folder} is damaged ({reason}); copy or train it again.") from error
     return Checkpoint(model.eval(), tokenizer, transform, values.get("about", {}), values["fingerprint"])
 
@@ -246,7 +256,7 @@ def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path | None = None
             api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
             return str(api.upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=list(FILES), **kwargs))
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise ClipmatchError(
                 f"The hub did not take the model {repo_id!r} ({reason}); check the name and log in by: hf auth login"
             ) from error

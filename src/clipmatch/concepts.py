@@ -79,8 +79,10 @@ class Concepts:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, the words in its header."""
-        words = json.dumps([self.names, self.kinds])
-        save_file({"centre": self.centre, "directions": self.directions}, path, {"words": words})
+        tensors = {"centre": self.centre, "directions": self.directions}
+        # Row by row: the library writes the bytes of an array as they lie in memory, and not all lie so.
+        rows = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        save_file(rows, path, {"words": json.dumps([self.names, self.kinds])})
 
 
 def load_concepts(path: str | Path, width: int) -> Concepts:

@@ -1,167 +1,93 @@
-"""The whole job in minutes, offline and from nothing: draw scenes, train, evaluate, search, report.
+"""A first search, in seconds and offline: the model that comes with clipmatch asked for seven things.
 
-In: a folder and a seed. Out: that folder with pictures, run and report. Uses the same functions as a run on real
-photographs; only the towers are small and start from random weights.
+In: a folder. Out: a page in it with the pictures found, and the best of them as text. The photographs are those that
+scikit-image carries, read from where it is installed. Imports neither it nor PyTorch, and knows nothing of which
+picture is the right one: it shows what the model answers.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
-
-from clipmatch.config import ModelConfig, TrainConfig
-from clipmatch.data import CaptionedImage, Splits, load_captions, split_captions
+from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
-from clipmatch.preprocess import Tokenizer
-from clipmatch.scenes import generate
+from clipmatch.report import write_search_page
+from clipmatch.search import Matches, find_matches
 
-SIZE = 64  # pixels of a scene
-QUERY_COUNT = 4
-
-
-def small_model(vocab_size: int) -> ModelConfig:
-    """A ViT and a DistilBERT small enough to learn from scratch in minutes on a CPU."""
-    return ModelConfig(
-        image_tower={
-            "model_type": "vit",
-            "image_size": SIZE,
-            "patch_size": 8,
-            "hidden_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 512,
-        },
-        text_tower={
-            "model_type": "distilbert",
-            "vocab_size": vocab_size,
-            "max_position_embeddings": 64,
-            "dim": 128,
-            "n_layers": 2,
-            "n_heads": 4,
-            "hidden_dim": 512,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-        },
-        image_pooling="mean",
-        text_pooling="mean",
-        max_length=40,
-        feature_dropout=0.0,
-        dropout=0.0,  # every picture is seen a few times only: there is nothing to overfit yet
-    )
+INSTALL = 'pip install "clipmatch[demo]"'
+FOLDER = "skimage/data"
+PHOTOGRAPHS = (  # the rest of that folder is drawings, microscopy and near-duplicates
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+QUERIES = ("a cat", "a cup of coffee", "an astronaut", "a rocket launch", "coins", "the moon", "a motorcycle")
+NEXT = """\
+search your own photographs:     clipmatch find "a dog on a beach" --images ~/Pictures
+see a model learn from nothing:  clipmatch demo --train"""
 
 
-def small_settings(out: Path, seed: int = 0, epochs: int = 11, **changes: Any) -> TrainConfig:
-    """Training settings for the small model: everything learns, at one rate."""
-    rate = 1e-3
-    return TrainConfig(
-        **{
-            "out": str(out),
-            "epochs": epochs,
-            "batch_size": 125,  # small batches learn more from each picture here
-            "tune_image": "all",
-            "tune_text": "all",
-            "rate_heads": rate,
-            "rate_image": rate,
-            "rate_text": rate,
-            "weight_decay": 0.05,
-            "evaluate_every": 3,
-            "seed": seed,
-            **changes,
-        }
-    )
+def run_demo(out: Path) -> str:
+    """Search the sample photographs, write out/photographs.html -> the text to print.
 
-
-def learn_tokenizer(rows: tuple[CaptionedImage, ...], vocab_size: int = 400) -> Tokenizer:
-    """A WordPiece vocabulary learnt from captions, in BERT's manner: [CLS] words [SEP]."""
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    backend.train_from_iterator((caption for row in rows for caption in row.captions), trainer)
-    marks = [(mark, backend.token_to_id(mark)) for mark in ("[CLS]", "[SEP]")]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
-    return Tokenizer(backend)
-
-
-def run_demo(out: Path, seed: int = 0) -> str:
-    """Run everything, or what is left of an interrupted run -> the text to print."""
-    from clipmatch.checkpoint import load_checkpoint, write_json
-    from clipmatch.embedder import TorchEmbedder
-    from clipmatch.evaluation import evaluate, recall_table
-    from clipmatch.report import write_demo_report
-    from clipmatch.runlog import read_history
-    from clipmatch.search import find_matches
-
+    Raises ClipmatchError when what the extra `demo` brings is not there.
+    """
+    check_extra()
     began = time.perf_counter()
-    folder = generate(out / "scenes", size=SIZE, seed=seed)
-    splits = split_captions(load_captions(folder))
-    finished = train_small(out / "run", splits, seed)
-    if not finished:
-        raise ClipmatchError("The demo was stopped; the same command goes on where it was.")
-    embedder = TorchEmbedder(load_checkpoint(out / "run"))
-    evaluation = evaluate(embedder, splits.dev)
-    write_json(out / "evaluation.json", evaluation.to_json())
-    gallery = [row.path for row in splits.dev]
-    queries = sample_queries(splits.dev)
-    results = [(query, find_matches(query, embedder, gallery, top_k=5, progress=False)) for query in queries]
-    weights = sum(value.numel() for value in embedder.model.parameters())
+    photographs = sample_photographs()
+    embedder = load_model()
+    results = [(query, find_matches(query, embedder, photographs, top_k=5, progress=False)) for query in QUERIES]
     facts = {
-        "pictures to train on": f"{len(splits.train):,}",
-        "held-out pictures": f"{len(splits.dev):,}, none of whose contents occurs in training",
-        "weights": f"{weights / 1e6:.1f} million, trained from scratch",
-        "time": f"{time.perf_counter() - began:.0f} s for drawing, training and measuring",
+        "photographs": f"{len(photographs)}, from scikit-image {distribution('scikit-image').version}",
+        "model": f"the one that comes with clipmatch, {embedder.fingerprint[:8]}",
+        "time": f"{time.perf_counter() - began:.1f} s for loading and searching",
     }
-    report = write_demo_report(evaluation, read_history(out / "run"), results, out / "report.html", facts)
-    lines = [recall_table(evaluation.to_json()), ""]
+    page = write_search_page(results, out / "photographs.html", facts)
+    return "\n".join([*best_matches(results), "", f"page: {page}", "", NEXT])
+
+
+def check_extra() -> None:
+    """Raise ClipmatchError when one of the packages of the extra `demo` is not installed."""
+    for package in ("scikit-image", "jinja2"):
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            raise ClipmatchError(f"The demo needs the package {package}; install it with: {INSTALL}") from None
+
+
+def sample_photographs() -> list[Path]:
+    """The photographs in scikit-image's folder. Raises ClipmatchError if it was installed without them."""
+    folder = Path(str(distribution("scikit-image").locate_file(FOLDER)))
+    found = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()]
+    if not found:
+        raise ClipmatchError(
+            f"scikit-image is installed without its sample photographs ({folder}); "
+            "install it again with: pip install --force-reinstall scikit-image"
+        )
+    return found
+
+
+def best_matches(results: Sequence[tuple[str, Matches]]) -> list[str]:
+    """The best match of each query as lines of a table, with its confidence if the model is calibrated."""
+    width = max(len(query) for query, _ in results)
+    sure = results[0][1][0].confidence is not None
+    lines = [f"{'query':{width}}  score  {'conf  ' * sure}best match"]
     for query, matches in results:
-        lines += [f'"{query}"', *(f"  {match.score:.3f}  {match.path}" for match in matches[:3])]
-    return "\n".join([*lines, "", f"report: {report}", f"model:  {out / 'run' / 'best'}"])
-
-
-def sample_queries(rows: tuple[CaptionedImage, ...]) -> list[str]:
-    """The first captions of evenly spaced pictures: each query has an exact answer among them."""
-    return [rows[place * len(rows) // QUERY_COUNT].captions[0] for place in range(QUERY_COUNT)]
-
-
-def train_small(run: Path, splits: Splits, seed: int) -> bool:
-    """Train the small model, or go on with an unfinished run of the same settings; False if Ctrl-C stopped it."""
-    from clipmatch.training import train
-
-    settings = small_settings(run, seed)
-    going_on = is_unfinished(run, settings)
-    if going_on:
-        print(f"going on with the run in {run}", file=sys.stderr)
-    elif is_demo(run):
-        shutil.rmtree(run)
-    tokenizer = learn_tokenizer(splits.train)
-    model = small_model(tokenizer.vocab_size)
-    return train(splits, settings, model, tokenizer=tokenizer, resume=going_on).finished
-
-
-def is_demo(run: Path) -> bool:
-    """Whether a folder holds an earlier demo's run, which a new one may replace."""
-    try:
-        return bool(json.loads((run / "train.json").read_text())["data"] is None)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def is_unfinished(run: Path, settings: TrainConfig) -> bool:
-    """Whether a run of exactly these settings stopped before its last step."""
-    from clipmatch.config import to_json
-
-    try:
-        plan = json.loads((run / "train.json").read_text())
-        state = json.loads((run / "last" / "state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    same = plan["settings"] == to_json(settings)
-    return bool(same and state["step"] < state["total"])
+        best = matches[0]
+        confidence = "" if best.confidence is None else f"{best.confidence:4.2f}  "
+        lines.append(f"{query:{width}}  {best.score:5.3f}  {confidence}{best.path.name}")
+    return lines

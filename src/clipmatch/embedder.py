@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clipmatch.calibration import Calibration
 from clipmatch.config import PreprocessConfig, from_json
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
@@ -277,8 +277,7 @@ class OnnxEmbedder(BatchedEmbedder):
         return rows
 
     def _damaged(self, why: object) -> ClipmatchError:
-        reason = " ".join(str(why).split()).rstrip(".")[:300]
-        return ClipmatchError(f"The model folder {self.folder} is damaged ({reason}); copy or export it again.")
+        return ClipmatchError(f"The model folder {self.folder} is damaged ({reason_of(why)}); copy or export it again.")
 
 
 def open_session(path: Path) -> InferenceSession:

@@ -7,3 +7,8 @@ class ClipmatchError(Exception):
     Its text is one sentence (or two) that says which thing, what is wrong with it, and what to do. The command line
     prints it on stderr and exits with status 1; library code lets it rise.
     """
+
+
+def reason_of(error: object) -> str:
+    """What a library said, fit for the inside of a sentence: one line, not too long, no full stop."""
+    return " ".join(str(error).split())[:300].rstrip(".")

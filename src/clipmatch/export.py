@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from clipmatch.checkpoint import Checkpoint, atomic_folder, load_checkpoint, refuse_foreign
 from clipmatch.config import to_json
 from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder, read_batches
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.index import list_images
-from clipmatch.model import last_hidden_state, leading_tokens
+from clipmatch.model import fold_standardisation, last_hidden_state, leading_tokens
 from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
@@ -169,6 +169,8 @@ def write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
     The examples have two rows: PyTorch takes an axis of length one for a constant.
     """
     model = checkpoint.model.cpu().eval()
+    for encoder in (model.image_encoder, model.text_encoder):
+        fold_standardisation(encoder)
     side, tokens = checkpoint.transform.config.size, min(8, model.config.max_length)
     image = ImageGraph(checkpoint)
     outputs = ["embedding", "features", *(["grid"] if image.has_grid else [])]
@@ -204,7 +206,7 @@ def write_graph(
     except (ClipmatchError, OSError):
         raise
     except Exception as error:  # the exporter has many kinds, and so has each tower
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = reason_of(error.__cause__ or error)
         raise ClipmatchError(f"This model can't be written as {path.name}: {reason}") from error
 
 

@@ -16,19 +16,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clipmatch.config import DEFAULT_IMAGE_TOWER, DEFAULT_TEXT_TOWER, ModelConfig
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.preprocess import Tokenizer, Transform
 
 Tower: TypeAlias = str | dict[str, Any]  # a hub name or local folder with weights, or a Hugging Face config without
 
 
-def build_backbone(tower: Tower) -> nn.Module:
-    """A Hugging Face backbone with a `last_hidden_state`: pretrained from a folder or the hub, or from a config.
+def build_backbone(tower: Tower | nn.Module) -> nn.Module:
+    """A backbone with a `last_hidden_state`: Hugging Face's, pretrained from a folder or the hub or from a config; one
+    that is built already stays as it is.
 
     Weights come from safetensors files only, in float32; no code of a hub repository is run. Raises ClipmatchError when
     the folder or the hub name can't be loaded or the config builds no plain encoder.
     """
+    if isinstance(tower, nn.Module):
+        return tower
     import clipmatch.efficientnet  # noqa: F401  (registers its model type)
 
     with quiet_transformers():
@@ -45,7 +48,7 @@ def backbone_from_config(tower: dict[str, Any]) -> nn.Module:
     try:
         config = AutoConfig.for_model(tower["model_type"], **values)
     except Exception as error:  # unknown type: ValueError; a value of the wrong kind: a family of transformers' own
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise ClipmatchError(f"The tower config of type {tower['model_type']!r} is wrong: {reason}") from error
     require_encoder(config, str(tower["model_type"]))
     model: nn.Module = AutoModel.from_config(
@@ -161,20 +164,56 @@ def as_tokens(hidden: Tensor) -> Tensor:
     return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 
+class Standardise(nn.Module):
+    """Features [b, h] less their mean, over their spread; until the two are set, as they are.
+
+    Frozen towers give features of any scale and offset. Standardised, each learns at the same pace, and dropout puts
+    its mean in a feature's place rather than a zero that may lie far outside.
+    """
+
+    mean: Tensor  # [h]
+    spread: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[b, h] -> [b, h]."""
+        return (features - self.mean) / self.spread
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Model folders from before this layer lack its numbers."""
+        for name, value in self.named_buffers():
+            state_dict.setdefault(prefix + name, value)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def fold_standardisation(encoder: ImageEncoder | TextEncoder) -> None:
+    """Let an encoder's linear layer do what its `Standardise` did: the same function, one layer less to export."""
+    if isinstance(encoder.standardise, Standardise):
+        with torch.no_grad():
+            encoder.fc.weight.div_(encoder.standardise.spread)
+            encoder.fc.bias.sub_(encoder.fc.weight @ encoder.standardise.mean)
+        encoder.standardise = nn.Identity()
+
+
 class ImageEncoder(nn.Module):
     """A vision backbone and a linear layer: pixels [b, 3, h, w] -> [b, d], not yet projected or normalised.
 
-    tower: hub name or folder (pretrained), or a config dict (no weights). pooling: "cls" takes the class token of
-    `last_hidden_state`, "mean" the average of the patch tokens, "cls+mean" both side by side (DINOv2), "mean+max"
-    average and maximum side by side (for feature maps: what there is everywhere, and what there is anywhere).
+    tower: hub name or folder (pretrained), a config dict (no weights), or a backbone. pooling: "cls" takes the class
+    token of `last_hidden_state`, "mean" the average of the patch tokens, "cls+mean" both side by side (DINOv2),
+    "mean+max" average and maximum side by side (for feature maps: what there is everywhere, and what is anywhere).
     """
 
-    def __init__(self, tower: Tower = DEFAULT_IMAGE_TOWER, embed_dim: int = 256, pooling: str = "cls"):
+    def __init__(self, tower: Tower | nn.Module = DEFAULT_IMAGE_TOWER, embed_dim: int = 256, pooling: str = "cls"):
         super().__init__()
         self.backbone = build_backbone(tower)
         self.pooling = pooling
         parts = len(pooling.split("+"))
         self.fc = nn.Linear(hidden_width(self.backbone) * parts, embed_dim)
+        self.standardise: nn.Module = Standardise(self.fc.in_features)
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] -> pooled hidden state [b, h] (2 h with "cls+mean"): what `fc` sees."""
@@ -217,7 +256,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] -> [b, d]."""
-        projected: Tensor = self.fc(self.features(pixel_values))
+        projected: Tensor = self.fc(self.standardise(self.features(pixel_values)))
         return projected
 
 
@@ -228,11 +267,12 @@ class TextEncoder(nn.Module):
     causal tower (CLIP's own text model) the first token knows nothing of the others, so take "mean".
     """
 
-    def __init__(self, tower: Tower = DEFAULT_TEXT_TOWER, embed_dim: int = 256, pooling: str = "cls"):
+    def __init__(self, tower: Tower | nn.Module = DEFAULT_TEXT_TOWER, embed_dim: int = 256, pooling: str = "cls"):
         super().__init__()
         self.backbone = build_backbone(tower)
         self.pooling = pooling
         self.fc = nn.Linear(hidden_width(self.backbone), embed_dim)
+        self.standardise: nn.Module = Standardise(self.fc.in_features)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Ids and mask [b, t] -> pooled hidden state [b, h]."""
@@ -245,7 +285,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Ids and mask [b, t] -> [b, d]."""
-        projected: Tensor = self.fc(self.features(input_ids, attention_mask))
+        projected: Tensor = self.fc(self.standardise(self.features(input_ids, attention_mask)))
         return projected
 
 
@@ -273,13 +313,15 @@ class CLIPModel(nn.Module):
 
     Each tower can be called alone: `encode_image(pixels)` and `encode_text(ids, mask)` give unit vectors [b, d].
     The design is CLIP's (Radford et al. 2021) with separately pretrained towers, as in Flickr8k-scale dual encoders.
+    towers: backbones for pictures and texts instead of those that the config names.
     """
 
-    def __init__(self, config: ModelConfig | None = None):
+    def __init__(self, config: ModelConfig | None = None, towers: tuple[nn.Module, nn.Module] | None = None):
         super().__init__()
         self.config = config = config or ModelConfig()
-        self.image_encoder = ImageEncoder(config.image_tower, config.embed_dim, config.image_pooling)
-        self.text_encoder = TextEncoder(config.text_tower, config.embed_dim, config.text_pooling)
+        image, text = towers or (config.image_tower, config.text_tower)
+        self.image_encoder = ImageEncoder(image, config.embed_dim, config.image_pooling)
+        self.text_encoder = TextEncoder(text, config.embed_dim, config.text_pooling)
         self.feature_dropout = nn.Dropout(config.feature_dropout)
         self.image_projection = ProjectionHead(config.embed_dim, config.dropout)
         self.text_projection = ProjectionHead(config.embed_dim, config.dropout)
@@ -308,11 +350,13 @@ class CLIPModel(nn.Module):
 
     def project_image(self, features: Tensor) -> Tensor:
         """Pooled image features [b, h] -> unit vectors [b, d], float32."""
-        return unit(self.image_projection(self.image_encoder.fc(self.feature_dropout(features))))
+        encoder = self.image_encoder
+        return unit(self.image_projection(encoder.fc(self.feature_dropout(encoder.standardise(features)))))
 
     def project_text(self, features: Tensor) -> Tensor:
         """Pooled text features [b, h] -> unit vectors [b, d], float32."""
-        return unit(self.text_projection(self.text_encoder.fc(self.feature_dropout(features))))
+        encoder = self.text_encoder
+        return unit(self.text_projection(encoder.fc(self.feature_dropout(encoder.standardise(features)))))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Images and texts -> logits [b images, b texts]: cosine times logit scale."""

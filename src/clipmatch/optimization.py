@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from clipmatch.config import TrainConfig
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import CLIPModel, blocks_of, trained_part
+from clipmatch.model import CLIPModel, Standardise, blocks_of, trained_part
+
+NARROWEST = 0.02  # of the spread of all features, added to that of each
 
 
 def unfreeze(backbone: nn.Module, tune: int | str) -> int:
     """Set which weights of a tower learn -> how many of its last blocks do (0: none, or all)."""
+    if tune != "none" and not any(True for _ in backbone.parameters()):
+        raise ClipmatchError("The towers of this model are ONNX graphs and stay; leave out --tune-image, --tune-text.")
     backbone.requires_grad_(tune == "all")
     if isinstance(tune, str):
         return 0
@@ -43,20 +47,20 @@ def choose_attention(backbone: nn.Module, tokens: int, device: torch.device) -> 
 
 
 @torch.no_grad()
-def standardise_input(layer: nn.Linear, rows: NDArray[Any]) -> None:
-    """Change a fresh linear layer so that it acts as it would on standardised features (rows [n, h] tell how).
+def standardise_input(layer: Standardise, rows: NDArray[Any]) -> None:
+    """Set the mean and spread by which features are standardised: those of rows [n, h].
 
-    Frozen towers give features of any scale and offset; this puts every new head at the same, well-conditioned start
-    (data-dependent initialisation, Krähenbühl et al. 2016).
+    It puts every new head at the same, well-conditioned start (data-dependent initialisation, Krähenbühl et al. 2016).
     """
     values = torch.from_numpy(np.asarray(rows, np.float32))
-    spread = values.std(dim=0) + 1e-4 * values.std()  # a feature that never varies must not be blown up
-    layer.weight.div_(spread.to(layer.weight))
-    layer.bias.sub_(layer.weight @ values.mean(dim=0).to(layer.weight))
+    layer.mean.copy_(values.mean(dim=0))
+    layer.spread.copy_(values.std(dim=0) + NARROWEST * values.std())  # a feature that hardly varies is not blown up
 
 
 def save_memory(backbone: nn.Module) -> None:
-    """Keep no activations inside blocks; compute them again on the way back (Chen et al. 2016)."""
+    """Keep no activations inside blocks that learn; compute them again on the way back (Chen et al. 2016)."""
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        return
     # transformers renamed the method in version 5
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable()  # type: ignore[operator]

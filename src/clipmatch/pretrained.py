@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clipmatch.config import PreprocessConfig
 from clipmatch.embedder import BatchedEmbedder, missing_training_extra
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, offline, quiet_transformers
 from clipmatch.modelfolder import CONFIG, WEIGHTS, hub_config, is_hub_name
 from clipmatch.preprocess import RESAMPLE, Picture, Transform, as_picture, to_rgb
@@ -339,8 +339,3 @@ class HubTransform(Transform):
         resized = self.edge * length // short
         start = (resized - self.config.size) // 2
         return start * length / resized, (start + self.config.size) * length / resized
-
-
-def reason_of(error: Exception) -> str:
-    """An exception in at most 200 characters of one line."""
-    return " ".join(str(error).split()).rstrip(".")[:200]

@@ -209,14 +209,22 @@ def write_demo_report(
     facts: Mapping[str, str],
 ) -> Path:
     """Write one run as one HTML file: facts, curves, recall, and the pictures found for a few queries."""
-    found = [
-        {"caption": query, "rank": None, "own": None, "answers": [_tile(m.path, f"{m.score:.3f}") for m in matches]}
-        for query, matches in results
-    ]
     page = _render(
-        "demo.html.j2", title="clipmatch demo", **_measured(evaluation, history), results=found, run=dict(facts)
+        "demo.html.j2",
+        title="clipmatch demo --train",
+        **_measured(evaluation, history),
+        results=[_found(query, matches) for query, matches in results],
+        run=dict(facts),
     )
     return _write(Path(path), page)
+
+
+def write_search_page(
+    results: Sequence[tuple[str, Sequence[Match]]], path: str | Path, facts: Mapping[str, str]
+) -> Path:
+    """Write the pictures found for a few queries, and facts about the search, as one HTML file; needs Jinja2 alone."""
+    found = [_found(query, matches) for query, matches in results]
+    return _write(Path(path), _render("search.html.j2", title="clipmatch demo", results=found, facts=dict(facts)))
 
 
 def _measured(evaluation: Evaluation, history: History | None) -> dict[str, Any]:
@@ -251,6 +259,16 @@ def _direction(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         "median": f"{figures['median_rank']:g}",
         "mean": f"{figures['mean_rank']:.1f}",
     }
+
+
+def _found(query: str, matches: Sequence[Match]) -> dict[str, Any]:
+    """A query with the pictures that a search found for it; which of them is right is not known."""
+    return {"caption": query, "rank": None, "own": None, "answers": [_tile(m.path, _score(m)) for m in matches]}
+
+
+def _score(match: Match) -> str:
+    """The score, and the confidence if the model is calibrated."""
+    return f"{match.score:.3f}" if match.confidence is None else f"{match.score:.3f}, conf {match.confidence:.2f}"
 
 
 def _extremes(evaluation: Evaluation, best: bool, count: int = ANSWERS) -> list[int]:

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipmatch.data import CaptionedImage
-from clipmatch.embedder import BatchedEmbedder, load_model
+from clipmatch.embedder import BatchedEmbedder, TorchEmbedder, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.runlog import note
+from clipmatch.runtime import Precision
 
 FILE = "teachers.safetensors"
 
@@ -47,13 +48,22 @@ class Teachers:
 
 
 def ask_teachers(
-    names: Sequence[str], rows: Sequence[CaptionedImage], run: Path, device: str | None, progress: bool
+    names: Sequence[str],
+    rows: Sequence[CaptionedImage],
+    run: Path,
+    *,
+    device: str | None,
+    precision: Precision,
+    progress: bool,
 ) -> Teachers:
     """Models by name and the rows of a run -> their teachings, kept in the run's folder.
 
-    Raises ClipmatchError if a model can't be loaded.
+    precision: the run's own, for teachers that PyTorch runs. Raises ClipmatchError if a model can't be loaded.
     """
     models = [load_model(name, device) for name in names]
+    for model in models:
+        if isinstance(model, TorchEmbedder):
+            model.precision = precision
     fingerprints = tuple(model.fingerprint for model in models)
     saved = read_teachers(run / FILE)
     if saved is not None and saved.fingerprints == fingerprints:

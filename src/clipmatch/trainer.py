@@ -20,11 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipmatch.checkpoint import (
-    Checkpoint,
-    find_folder,
-    save_checkpoint,
-)
+from clipmatch.checkpoint import Checkpoint
 from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
@@ -32,7 +28,8 @@ from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
 from clipmatch.loss import contrastive_loss, distillation_loss, siblings
-from clipmatch.model import CLIPModel
+from clipmatch.model import CLIPModel, Standardise
+from clipmatch.modelfolder import find_folder
 from clipmatch.optimization import (
     WeightAverage,
     build_optimizer,
@@ -51,7 +48,7 @@ from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, So
 from clipmatch.teachers import Teachers, ask_teachers
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
-SAVE_EVERY = 60.0  # seconds between saves at the ends of epochs without a look at dev
+SAVE_EVERY = 60.0  # seconds between saves of last/
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,19 @@ class Trainer:
                 (self.pairs.texts, self.model.text_encoder),
             ):
                 if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
-                    standardise_input(encoder.fc, source.sample())
+                    assert isinstance(encoder.standardise, Standardise)
+                    standardise_input(encoder.standardise, source.sample())
         self.concepts = load_concepts_for(self.model, settings)
         self.teachers: Teachers | None = None
         if settings.teachers:
-            self.teachers = ask_teachers(settings.teachers, splits.train, self.out, settings.device, progress)
+            self.teachers = ask_teachers(
+                settings.teachers,
+                splits.train,
+                self.out,
+                device=settings.device,
+                precision=self.precision,
+                progress=progress,
+            )
         self.average = WeightAverage(self.model, settings.average) if settings.average else None
         self.optimizer = build_optimizer(self.model, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
@@ -117,8 +122,9 @@ class Trainer:
         self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
         self.step = 0
-        self.saved = time.perf_counter()
+        self.saved = -math.inf
         self.best: dict[str, Any] | None = None
+        self.best_step = -1
         self.looks_since_best = 0
         self.history: list[dict[str, Any]] = []
         if state:
@@ -146,6 +152,9 @@ class Trainer:
         self.model.train()
         note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
         with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
+            if self.step == 0 and self.best is None and self.checkpoint.fingerprint:  # what is to be beaten
+                self.look_at_dev()
+                self.save_last()
             batches = iter(self.loader())
             while self.step < total and not stop() and not self.exhausted:
                 figures = self.take_step(batches, total)
@@ -166,6 +175,8 @@ class Trainer:
         if self.best is None:
             self.look_at_dev()
         assert self.best is not None
+        if finished and self.best_step == 0:
+            note("best/ is the model that this began with: training never beat it on dev")
         return Result(self.out / "best", self.best, self.history, unique(self.failures), finished)
 
     def take_step(self, batches: Iterator[Batch], total: int) -> dict[str, Any]:
@@ -275,7 +286,7 @@ class Trainer:
         if last or epoch % self.settings.evaluate_every == 0:
             row["dev"] = self.look_at_dev()
         log.epoch(row)
-        if "dev" in row or time.perf_counter() - self.saved > SAVE_EVERY:
+        if last or self.exhausted or time.perf_counter() - self.saved > SAVE_EVERY:
             self.save_last()
 
     def look_at_dev(self) -> dict[str, Any]:
@@ -284,7 +295,7 @@ class Trainer:
             figures = self.measure_dev()
             note(dev_line(figures, self.step))
             if self.best is None or score(figures) > score(self.best):
-                self.best, self.looks_since_best = figures, 0
+                self.best, self.best_step, self.looks_since_best = figures, self.step, 0
                 self.save("best", None)
             else:
                 self.looks_since_best += 1
@@ -293,7 +304,10 @@ class Trainer:
     def measure_dev(self) -> dict[str, Any]:
         """Embed dev, without augmentation or dropout -> figures both ways."""
         self.model.eval()
-        with torch.inference_mode(), self.autocast():
+        heads_alone = (
+            self.settings.tune_image == self.settings.tune_text == "none"
+        )  # cheap: in float32, like `evaluate`
+        with torch.inference_mode(), nullcontext() if heads_alone else self.autocast():
             rows = self.dev.embed(self.model, self.device)
         self.model.train()
         self.failures += self.dev.failures
@@ -307,6 +321,7 @@ class Trainer:
             "step": self.step,
             "total": self.steps_per_epoch * self.settings.epochs,
             "best": self.best,
+            "best_step": self.best_step,
             "looks_since_best": self.looks_since_best,
             "history": len(self.history),
             "optimizer": numbers,
@@ -333,7 +348,7 @@ class Trainer:
             "step": self.step,
             "dev": self.best,
         }
-        save_checkpoint(replace(self.checkpoint, about=about), self.out / name, extra)
+        replace(self.checkpoint, about=about).save(self.out / name, extra)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `save_last` was called."""
@@ -348,7 +363,7 @@ class Trainer:
                 self.average.values[name].copy_(value)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.best_step = state["step"], state["best"], state.get("best_step", -1)
         self.looks_since_best = state["looks_since_best"]
         self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew
         note(f"resumed at step {self.step}")

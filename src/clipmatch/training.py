@@ -23,7 +23,7 @@ from clipmatch.checkpoint import (
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.modelfolder import find_local
+from clipmatch.modelfolder import IMAGE_GRAPH, WEIGHTS, find_folder, find_local
 from clipmatch.preprocess import Tokenizer
 from clipmatch.runlog import note, note_quirks
 from clipmatch.runtime import seed_everything
@@ -50,7 +50,7 @@ def train(
     splits = data if isinstance(data, Splits) else read_splits(data)
     state = find_state(run, resume)
     seed_everything(settings.seed)
-    checkpoint = load_checkpoint(run / "last") if state else start_from(model, tokenizer)
+    checkpoint = open_checkpoint(run / "last") if state else start_from(model, tokenizer)
     note(f"data: {len(splits.train)} pictures to train on, {len(splits.dev)} for dev ({splits.origin})")
     write_plan(run, data, splits, settings)
     return Trainer(checkpoint, splits, settings, state, progress).run()
@@ -81,8 +81,18 @@ def start_from(model: ModelConfig | Checkpoint | str | Path | None, tokenizer: T
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, str | Path):
-        return load_checkpoint(model)
+        return open_checkpoint(model)
     return create_checkpoint(model or ModelConfig(), tokenizer)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """A model folder (or run, or hub repository of one) -> a checkpoint to train: of ONNX graphs, the heads."""
+    local = find_folder(folder)
+    if (local / WEIGHTS).is_file() or not (local / IMAGE_GRAPH).is_file():
+        return load_checkpoint(local)
+    from clipmatch.compact import load_heads
+
+    return load_heads(local)
 
 
 def find_state(run: Path, resume: bool) -> dict[str, Any] | None:
