@@ -97,14 +97,14 @@ main()
 
 
 @pytest.fixture(scope="session")
-def embedded():
+def shipped():
     """For tests of the model that comes with clipmatch: a checkout without its files skips them."""
     if not (EMBEDDED / IMAGE_GRAPH).is_file():
         pytest.skip("this checkout has no embedded model")
 
 
 @pytest.fixture(scope="session")
-def demo(embedded, tmp_path_factory):
+def demo(shipped, tmp_path_factory):
     """`clipmatch demo`, run once without PyTorch -> (its folder, what it printed)."""
     place = tmp_path_factory.mktemp("visitor")
     environment = {**os.environ, "CLIPMATCH_CACHE": str(place / "cache")}
