@@ -329,9 +329,10 @@ def test_without_pytorch_it_says_what_to_install(model_folder, scenes):
         assert done.stderr.count("\n") == 1
 
 
-def test_searching_and_measuring_without_naming_a_model(model_folder, scenes, monkeypatch):
-    monkeypatch.setattr("clipmatch.embedder.embedded_folder", lambda: model_folder)
-    named = run("find", "a star", "--model", model_folder, "--images", scenes / "Images", "--json")
+def test_searching_and_measuring_without_naming_a_model(model_folder, scenes, tmp_path, monkeypatch):
+    model = shutil.copytree(model_folder, tmp_path / "model")  # evaluate writes into it
+    monkeypatch.setattr("clipmatch.embedder.embedded_folder", lambda: model)
+    named = run("find", "a star", "--model", model, "--images", scenes / "Images", "--json")
     assert run("find", "a star", "--images", scenes / "Images", "--json").stdout == named.stdout
     figures = json.loads(run("evaluate", "--captions", scenes, "--json", "-").stdout)
     assert figures["model"]["path"] is None

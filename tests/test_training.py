@@ -217,6 +217,18 @@ def test_the_cache_knows_a_picture_by_content_and_survives_a_crash(splits, train
     np.testing.assert_allclose(again.rows[again.places[0, 0]], row, atol=2e-3)  # stored in half precision
 
 
+def test_each_caption_has_its_own_features(trained_towers):
+    """Whatever the order in which they are computed: long, short, empty, twice."""
+    checkpoint, exact = load_checkpoint(trained_towers), Precision(None, "float32")
+    texts = ["a red star above two blue houses on the grass", "a tree", "", "three fish", "a tree"]
+    table = features.text_features(checkpoint, texts, precision=exact, device=torch.device("cpu"), progress=False)
+    assert table.places[1] == table.places[4]
+    for place, text in zip(table.places, texts, strict=True):
+        with torch.inference_mode():
+            row = checkpoint.model.text_encoder.features(**checkpoint.tokenizer([text], return_tensors="pt"))[0]
+        np.testing.assert_allclose(table.rows[place], row.numpy(), atol=2e-3)
+
+
 def test_other_weights_other_cache(splits, trained_towers):
     checkpoint = load_checkpoint(trained_towers)
     paths = [splits.train[0].path]
@@ -587,6 +599,12 @@ def test_features_are_standardised_by_what_a_sample_of_them_says():
     ready = layer(torch.tensor(rows))
     torch.testing.assert_close(ready.mean(dim=0), torch.zeros(4), atol=1e-3, rtol=0)
     assert ready.std(dim=0).tolist() == pytest.approx([0.8, 1, 0.9, 0], abs=0.1)
+
+
+def test_features_that_are_all_the_same_stay_finite():
+    layer = Standardise(2)
+    standardise_input(layer, np.zeros((10, 2), np.float32))
+    assert layer(torch.zeros(3, 2)).tolist() == [[0, 0]] * 3
 
 
 def test_a_standardised_head_is_a_plain_one_with_other_numbers(tokenizer):

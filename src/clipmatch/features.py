@@ -166,15 +166,16 @@ def text_features(
     length = checkpoint.model.config.max_length
     recipe = [length, encoder.pooling, str(precision.dtype), tokenizer.fingerprint]
     keys = np.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts])
+    order = np.argsort([len(text) for text in texts], kind="stable")  # captions of one length need no padding
 
     def compute(jobs: list[tuple[int, int]]) -> tuple[list[str], Tensor]:
-        items = [item for _, item in jobs]
+        items = [order[item] for _, item in jobs]
         tokens = tokenizer([texts[item] for item in items], padding=True, max_length=length, return_tensors="pt")
         names = [str(keys[item]) for item in items]
         return names, encoder.features(tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
 
     store = FeatureStore(folder_for("text", encoder.backbone, recipe), (hidden_width(encoder.backbone),))
-    fill(store, keys[None], compute, precision, device, "caption features", progress)
+    fill(store, keys[None, order], compute, precision, device, "caption features", progress)
     return store.table(keys)
 
 

@@ -54,7 +54,8 @@ def standardise_input(layer: Standardise, rows: NDArray[Any]) -> None:
     """
     values = torch.from_numpy(np.asarray(rows, np.float32))
     layer.mean.copy_(values.mean(dim=0))
-    layer.spread.copy_(values.std(dim=0) + NARROWEST * values.std())  # a feature that hardly varies is not blown up
+    spread = values.std(dim=0) + NARROWEST * values.std()  # a feature that hardly varies is not blown up
+    layer.spread.copy_(spread.clamp(min=1e-6))  # nor is a tower that gives the same for everything
 
 
 def save_memory(backbone: nn.Module) -> None:
