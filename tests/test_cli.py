@@ -424,7 +424,8 @@ def test_measuring_on_training_pictures_is_called_so(model_folder, scenes, tmp_p
 def test_missing_pictures_are_in_the_figures(model_folder, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "data")
     (tmp_path / "data" / "Images" / "dev-00003.jpg").unlink()
-    done = run("evaluate", "--model", model_folder, "--captions", tmp_path / "data", "--json", tmp_path / "f.json")
+    model = shutil.copytree(model_folder, tmp_path / "model")  # evaluate writes into it
+    done = run("evaluate", "--model", model, "--captions", tmp_path / "data", "--json", tmp_path / "f.json")
     assert json.loads((tmp_path / "f.json").read_text())["failures"] == [
         {"path": "dev-00003.jpg", "reason": "does not exist"}
     ]
