@@ -27,7 +27,7 @@ from clipmatch.checkpoint import Checkpoint, atomic_folder, model_config, refuse
 from clipmatch.config import to_json
 from clipmatch.embedder import OnnxEmbedder, embedded_folder, output_shape
 from clipmatch.errors import ClipmatchError
-from clipmatch.export import BOUND, largest_difference, random_pixels, random_texts
+from clipmatch.export import BOUND, FILES, largest_difference, random_pixels, random_texts
 from clipmatch.model import CLIPModel
 from clipmatch.modelfolder import (
     CALIBRATION,
@@ -46,7 +46,6 @@ from clipmatch.preprocess import Transform
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-FILES = (IMAGE_GRAPH, TEXT_GRAPH, TOKENIZER)
 HEADS = {  # the weights behind the pooled features, in each graph
     IMAGE_GRAPH: ("image_encoder.fc.", "image_projection."),
     TEXT_GRAPH: ("text_encoder.fc.", "text_projection."),

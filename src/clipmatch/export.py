@@ -273,7 +273,7 @@ def quantise_convolutions(path: Path, pixels: NDArray[np.uint8]) -> None:
             picture = next(self.rest, None)
             return None if picture is None else {"pixels": picture[None]}
 
-    if not any(node.op_type == "Conv" and len(node.input) for node in onnx.load(str(path)).graph.node):
+    if not any(node.op_type == "Conv" for node in onnx.load(str(path)).graph.node):
         raise ClipmatchError("The image tower has no convolutions; export without pictures.")
     with quiet():
         quant_pre_process(str(path), str(path), skip_symbolic_shape=True)
@@ -349,7 +349,7 @@ def look_up(
 def sample_pixels(folder: str | Path, transform: Transform) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Photographs spread over a folder -> pixels [n, s, s, 3] to find scales with, and others to compare on.
 
-    Raises ClipmatchError if fewer than `SCALING` + `CHECKING` can be read.
+    Raises ClipmatchError if no more than `CHECKING` can be read.
     """
     paths = list_images(folder)
     spread = paths[:: max(1, len(paths) // (SCALING + CHECKING))][: SCALING + CHECKING]
