@@ -44,7 +44,7 @@ fi
 # 4. The compact model learns what both together make of every pair.
 train taught "${DATA_OPTIONS[@]}" --model "$OUT/tuned" --tune-text all --tune-image 5 --views 4 \
     --teacher "$OUT/tuned" --teacher "$OUT/flickr8k/tuned" --teacher-weight 0.7 \
-    --epochs 8 --batch-size 250 --rate-heads 8e-4 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
+    --epochs 10 --batch-size 250 --rate-heads 8e-4 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
 
 # 5. Bytes instead of floats; training pictures tell the scale of what flows between the convolutions.
 if [ ! -f "$OUT/model/config.json" ]; then
