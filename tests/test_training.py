@@ -30,7 +30,7 @@ from clipmatch.preprocess import Transform
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
 from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
-from clipmatch.teachers import Teachers
+from clipmatch.teachers import ask_teachers
 from clipmatch.trainer import Trainer
 from clipmatch.training import resume, train
 
@@ -359,14 +359,17 @@ def test_a_teacher_passes_on_what_it_likes(splits, trained_towers, tmp_path):
     assert about["training"]["teachers"] is None  # a path of this machine
 
 
-def test_teachers_speak_with_one_voice():
-    """Two equal teachers count as one that is surer: the sum of their cosines over the root of two."""
-    images, texts = torch.eye(2), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
-    one = Teachers(images, texts, ("a",))
-    two = Teachers(torch.cat([images, images], 1), torch.cat([texts, texts], 1), ("a", "b"))
-    ids = torch.tensor([1, 0]), torch.tensor([0, 2])
-    assert torch.equal(one.cosines(*ids), torch.tensor([[0.8, 1.0], [0.6, 0.0]]))
-    torch.testing.assert_close(two.cosines(*ids), one.cosines(*ids) * 2**0.5)
+def test_teachers_speak_with_one_voice(splits, trained_towers, tmp_path):
+    """One teacher's logits are its cosines times its own logit scale, softened by 1.25; a second counts half."""
+    model, rows = load_model(trained_towers), splits.train[:3]
+    settings = {"device": None, "precision": Precision(None, ""), "progress": False}
+    one = ask_teachers([str(trained_towers)], rows, tmp_path, **settings)
+    ids = torch.tensor([1, 0]), torch.tensor([0, 1])
+    images = model.embed_images([rows[1].path, rows[0].path]).rows
+    expected = model.logit_scale / 1.25 * images @ model.embed_texts(rows[0].captions[:2]).T
+    np.testing.assert_allclose(one.logits(*ids), expected, atol=0.02)
+    two = ask_teachers([str(trained_towers)] * 2, rows, tmp_path, **settings)
+    np.testing.assert_allclose(two.logits(*ids), 1.5 * expected, atol=0.03)
 
 
 def test_a_teacher_that_is_not_there(splits, trained_towers, tmp_path):

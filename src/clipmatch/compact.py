@@ -10,6 +10,7 @@ Letters: b batch, s side in pixels, t tokens, h tower width, d embedding width, 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
     IMAGE_GRAPH,
+    LOG_SCALE,
     TEXT_GRAPH,
     TOKENIZER,
     config_values,
@@ -51,9 +53,8 @@ HEADS = {  # the weights behind the pooled features, in each graph
     TEXT_GRAPH: ("text_encoder.fc.", "text_projection."),
 }
 PREFIX = "model."  # of their names in the graphs
-SCALE = "log_logit_scale"  # which no graph needs: config.json keeps it for training
 BASE = "towers_of"  # the fingerprint of the model that the towers were first read from
-KEPT = ("licence", SCALE, BASE)  # of what config.json says: the figures are of other heads
+KEPT = ("licence", LOG_SCALE, BASE)  # of what config.json says: the figures are of other heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ class OnnxCheckpoint(Checkpoint):
         folder = Path(folder).expanduser().resolve()
         refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES, *(extra or {})})
         preprocess = to_json(self.transform.config)
-        about = {**self.about, SCALE: self.model.log_logit_scale.item()}
+        about = {**self.about, LOG_SCALE: self.model.log_logit_scale.item()}
         with atomic_folder(folder) as draft:
             for name, graph in self.graphs.items():
                 write_head(graph, head_of(self.model, name))
@@ -117,7 +118,7 @@ def load_heads(folder: str | Path | None = None) -> OnnxCheckpoint:
     with torch.no_grad():
         for name, graph in graphs.items():
             read_head(graph, head_of(model, name), embedder.folder / name)
-        model.log_logit_scale.fill_(embedder.about.get(SCALE, model.log_logit_scale.item()))
+        model.log_logit_scale.fill_(math.log(embedder.logit_scale))
     about = {BASE: embedder.fingerprint, **{key: embedder.about[key] for key in KEPT if key in embedder.about}}
     samples = {
         IMAGE_GRAPH: embedder.run_image(random_pixels(embedder.transform.config.size), "features"),

@@ -17,6 +17,7 @@ Config = TypeVar("Config")
 
 DEFAULT_IMAGE_TOWER = "google/vit-base-patch16-224"
 DEFAULT_TEXT_TOWER = "distilbert-base-uncased"
+INIT_LOGIT_SCALE = 1 / 0.07  # CLIP's start
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ModelConfig:
     dropout: float = 0.1  # in the projection heads
     feature_dropout: float = 0.1  # on what the towers give to the heads; frozen features overfit soon without it
     max_length: int = 64  # text tokens, the two special ones included
-    init_logit_scale: float = 1 / 0.07  # CLIP's start
+    init_logit_scale: float = INIT_LOGIT_SCALE
     max_logit_scale: float = 100.0  # CLIP's clamp: beyond it training destabilises
 
     def __post_init__(self) -> None:

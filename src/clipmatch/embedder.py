@@ -6,6 +6,7 @@ Knows nothing of captions, ranks or stores. PyTorch is imported only for a model
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clipmatch.calibration import Calibration
-from clipmatch.config import PreprocessConfig, from_json
+from clipmatch.config import INIT_LOGIT_SCALE, PreprocessConfig, from_json
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
     EMBEDDED,
     IMAGE_GRAPH,
+    LOG_SCALE,
     TEXT_GRAPH,
     TOKENIZER,
     WEIGHTS,
@@ -92,13 +94,15 @@ class BatchedEmbedder(ABC):
     """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
 
     A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
-    model folder that it was loaded from, if there is one.
+    model folder that it was loaded from, if there is one. logit_scale: the factor between cosine and logit that it was
+    trained with.
     """
 
     fingerprint: str
     dim: int
     transform: Transform
     folder: Path | None = None
+    logit_scale: float = INIT_LOGIT_SCALE
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -157,7 +161,7 @@ class TorchEmbedder(BatchedEmbedder):
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, precision or "float32")
         self.model = checkpoint.model.to(self.device).eval()
-        self.dim = self.model.config.embed_dim
+        self.dim, self.logit_scale = self.model.config.embed_dim, float(self.model.logit_scale.detach())
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [b, s, s, 3] -> unit rows [b, d]."""
@@ -203,6 +207,7 @@ class OnnxEmbedder(BatchedEmbedder):
             if not (self.folder / name).is_file():
                 raise self._damaged(f"it has no {name}")
         self.about: dict[str, Any] = values.get("about", {})
+        self.logit_scale = math.exp(self.about.get(LOG_SCALE, math.log(INIT_LOGIT_SCALE)))
         self.fingerprint = values["fingerprint"]
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

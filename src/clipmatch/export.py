@@ -39,6 +39,7 @@ from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
     IMAGE_GRAPH,
+    LOG_SCALE,
     TEXT_GRAPH,
     TOKENIZER,
     config_values,
@@ -80,7 +81,7 @@ def export_model(model: str | Path, out: str | Path, int8: bool = False, picture
     folder = Path(out).expanduser().resolve()
     refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES})
     architecture, preprocess = to_json(checkpoint.model.architecture()), to_json(checkpoint.transform.config)
-    about = dict(checkpoint.about)
+    about = {**checkpoint.about, LOG_SCALE: checkpoint.model.log_logit_scale.item()}
     with atomic_folder(folder) as draft:
         write_graphs(checkpoint, draft)
         checkpoint.tokenizer.save(draft / TOKENIZER)

@@ -22,15 +22,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, exclude
 
 
 def distillation_loss(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, liking: Tensor, excluded: Tensor | None = None
+    images: Tensor, texts: Tensor, logit_scale: Tensor, teaching: Tensor, excluded: Tensor | None = None
 ) -> Tensor:
     """Symmetric cross-entropy against a teacher's softmax instead of the pairs alone (Hinton et al. 2015) -> scalar.
 
-    images, texts, excluded: as for `contrastive_loss`. liking [b, b]: the teacher's cosines, images by texts; they are
-    sharpened by the same logit scale, which learns nothing from it.
+    images, texts, excluded: as for `contrastive_loss`. teaching [b, b]: the teacher's logits, images by texts.
     """
     logits = masked(logit_scale * images @ texts.T, excluded)
-    target = masked(logit_scale.detach() * liking, excluded)
+    target = masked(teaching, excluded)
     by_image = cross_entropy(logits, target.softmax(dim=1))
     return (by_image + cross_entropy(logits.T, target.T.softmax(dim=1))) / 2
 

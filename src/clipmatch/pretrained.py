@@ -87,6 +87,7 @@ class PretrainedEmbedder(BatchedEmbedder):
         self.max_length = longest_text(self.model.config, self.tokenizer)
         self.dim = self.encode_strings(["a"]).shape[1]
         self.fingerprint = fingerprint_of(folder)
+        self.logit_scale = float(self.model.logit_scale.detach().exp())
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [b, s, s, 3] -> unit rows [b, d]."""

@@ -1,14 +1,14 @@
 """What other models make of the training pairs: how well each caption fits each picture, to be learnt by a smaller one.
 
-In: names of models, and the rows to learn from. Out: the cosine of any picture and any caption, by number. Each teacher
+In: names of models, and the rows to learn from. Out: a logit of any picture and any caption, by number. Each teacher
 sees every picture and caption once; the vectors lie in the run's folder, so a resumed run asks nobody again.
 
-Knowledge distillation (Hinton et al. 2015): the student learns the teachers' softmax over a batch.
+Knowledge distillation (Hinton et al. 2015): the student learns the teachers' softmax over a batch, softened by a
+temperature. A teacher's logits are its cosines times the logit scale that it has learnt itself.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +27,24 @@ from clipmatch.runlog import note
 from clipmatch.runtime import Precision
 
 FILE = "teachers.safetensors"
+TEMPERATURE = 1.25  # above 1: the second and third likely caption are heard too
 
 
 @dataclass(frozen=True, eq=False)
 class Teachers:
-    """images [n, d], texts [m, d]: the teachers' unit vectors side by side, in half precision; fingerprints: whose."""
+    """images [n, d], texts [m, d]: the teachers' vectors side by side, in half precision; fingerprints: whose.
+
+    Those of captions are unit vectors, those of pictures as long as the teacher's word weighs.
+    """
 
     images: Tensor
     texts: Tensor
     fingerprints: tuple[str, ...]
 
-    def cosines(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
-        """Numbers [b], [b] -> float32 [b images, b texts].
-
-        That of several teachers is the sum of theirs over the root of their count: opinions that agree are surer than
-        one, and of independent ones the sum scatters by that root.
-        """
+    def logits(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Numbers [b], [b] -> float32 [b images, b texts]: the sum of the teachers' logits."""
         products: Tensor = self.images[image_ids].float() @ self.texts[text_ids].float().T
-        return products / math.sqrt(len(self.fingerprints))
+        return products
 
 
 def ask_teachers(
@@ -56,8 +56,9 @@ def ask_teachers(
     precision: Precision,
     progress: bool,
 ) -> Teachers:
-    """Models by name and the rows of a run -> their teachings, kept in the run's folder.
+    """Models by name, the most trusted first, and the rows of a run -> their teachings, kept in the run's folder.
 
+    The logits of the second count half, of the third a third, and so on: opinions that agree are surer than one.
     precision: the run's own, for teachers that PyTorch runs. Raises ClipmatchError if a model can't be loaded.
     """
     models = [load_model(name, device) for name in names]
@@ -69,12 +70,13 @@ def ask_teachers(
     if saved is not None and saved.fingerprints == fingerprints:
         return saved
     images, texts = [], []
-    for name, model in zip(names, models, strict=True):
+    for rank, (name, model) in enumerate(zip(names, models, strict=True), 1):
         note(f"teacher: {name}")
-        images.append(embed_pictures(model, [row.path for row in rows], progress))
+        weight = model.logit_scale / TEMPERATURE / rank
+        images.append(weight * embed_pictures(model, [row.path for row in rows], progress))
         texts.append(model.embed_texts([caption for row in rows for caption in row.captions], progress))
     teachers = Teachers(half(images), half(texts), fingerprints)
-    tensors = {"images": teachers.images, "texts": teachers.texts}
+    tensors = {"weighted_images": teachers.images, "texts": teachers.texts}
     save_file(tensors, run / FILE, {"fingerprints": " ".join(fingerprints)})
     return teachers
 
@@ -102,6 +104,6 @@ def read_teachers(path: Path) -> Teachers | None:
     try:
         with safe_open(path, "pt") as file:
             fingerprints = tuple(file.metadata()["fingerprints"].split())
-            return Teachers(file.get_tensor("images"), file.get_tensor("texts"), fingerprints)
+            return Teachers(file.get_tensor("weighted_images"), file.get_tensor("texts"), fingerprints)
     except Exception as error:
         raise ClipmatchError(f"{path} is damaged ({error}); delete it, and the teachers are asked again.") from error

@@ -236,8 +236,8 @@ class Trainer:
         excluded = siblings(batch.image_ids.to(self.device))
         loss = contrastive_loss(images, texts, self.model.logit_scale, excluded)
         if self.teachers is not None:
-            liking = self.teachers.cosines(batch.image_ids, batch.text_ids).to(self.device)
-            taught = distillation_loss(images, texts, self.model.logit_scale, liking, excluded)
+            teaching = self.teachers.logits(batch.image_ids, batch.text_ids).to(self.device)
+            taught = distillation_loss(images, texts, self.model.logit_scale, teaching, excluded)
             loss = torch.lerp(loss, taught, self.settings.teacher_weight)
         if self.concepts is None:
             return loss
