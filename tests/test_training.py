@@ -378,6 +378,22 @@ def test_a_teacher_that_is_not_there(splits, trained_towers, tmp_path):
         train(splits, settings, trained_towers, progress=False)
 
 
+def test_a_second_run_draws_other_batches(splits, trained_towers, tmp_path, monkeypatch):
+    """A run that starts from another's model does not meet the pairs again that the other has learnt by heart."""
+    drawn = {}
+    loss_of = Trainer.loss_of
+
+    def watched(self, batch):
+        drawn.setdefault(self.out.name, []).append(tuple(batch.text_ids.tolist()))
+        return loss_of(self, batch)
+
+    monkeypatch.setattr(Trainer, "loss_of", watched)
+    for name, start in (("first", trained_towers), ("same", trained_towers), ("second", tmp_path / "first" / "last")):
+        train(splits, run_of_heads(tmp_path / name, epochs=2), start, progress=False)
+    assert drawn["first"] == drawn["same"]
+    assert not set(drawn["first"]) & set(drawn["second"])
+
+
 # Stopping and going on
 
 

@@ -251,6 +251,7 @@ class Sources:
 
     checkpoint: Checkpoint
     settings: TrainConfig
+    seed: int  # of views and captions
     image_blocks: int  # last blocks of the image tower that learn; 0: none, or all
     precision: Precision
     device: torch.device
@@ -260,7 +261,7 @@ class Sources:
         """Rows to learn from, and the pictures already found unreadable."""
         images, failures = self.images(rows, self.settings.views, self.settings.augment)
         first = np.cumsum([0, *(len(row.captions) for row in rows)])
-        return PairDataset(images, self.texts(rows), first, self.settings.seed), failures
+        return PairDataset(images, self.texts(rows), first, self.seed), failures
 
     def dev_set(self, rows: Sequence[CaptionedImage]) -> tuple[DevSet, list[Failure]]:
         """Rows to measure on."""
@@ -272,7 +273,7 @@ class Sources:
         paths, settings = [row.path for row in rows], self.settings
         encoder = self.checkpoint.model.image_encoder
         if settings.tune_image == "all" or (self.image_blocks and not encoder.splittable):
-            return LiveImages(paths, self.checkpoint.transform, augment, settings.flip, settings.seed), []
+            return LiveImages(paths, self.checkpoint.transform, augment, settings.flip, self.seed), []
         encoder.eval()  # dropout inside a frozen tower would be frozen into the cache
         table, failures = image_features(
             self.checkpoint,
@@ -284,7 +285,7 @@ class Sources:
             flip=settings.flip,
             progress=self.progress,
         )
-        return CachedImages(table, self.image_blocks, settings.seed), failures
+        return CachedImages(table, self.image_blocks, self.seed), failures
 
     def texts(self, rows: Sequence[CaptionedImage]) -> TextSource:
         """The caption source that fits what is to be trained."""

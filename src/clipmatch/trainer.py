@@ -6,6 +6,7 @@ optimiser's state and (seed, step), so that a resumed run continues exactly. Kno
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import time
@@ -76,6 +77,7 @@ class Trainer:
         self.settings, self.splits, self.progress = settings, splits, progress
         self.train_hash, self.dev_hash = content_hash(splits.train), content_hash(splits.dev)
         self.out = Path(settings.out)
+        self.seed = state.get("seed", settings.seed) if state else seed_of_draws(settings.seed, checkpoint.fingerprint)
         reuse_memory()
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
@@ -90,7 +92,7 @@ class Trainer:
             for encoder in (self.model.image_encoder, self.model.text_encoder):
                 save_memory(encoder.backbone)
         self.failures = missing_files(splits.missing)
-        sources = Sources(checkpoint, settings, image_blocks, self.precision, self.device, progress)
+        sources = Sources(checkpoint, settings, self.seed, image_blocks, self.precision, self.device, progress)
         self.pairs, missing = sources.pairs(splits.train)
         self.dev, missing_dev = sources.dev_set(splits.dev)
         self.failures += missing + missing_dev
@@ -137,7 +139,7 @@ class Trainer:
         settings = self.settings
         start = (self.step // self.steps_per_epoch) * self.batches
         start += (self.step % self.steps_per_epoch) * settings.accumulate
-        sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, settings.seed, start)
+        sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, self.seed, start)
         workers = settings.workers
         if workers is None:
             workers = min(8, max(1, usable_cores() // 2)) if self.pairs.images.decodes else 0
@@ -183,7 +185,7 @@ class Trainer:
         """One optimiser step over `accumulate` batches -> its figures."""
         settings, began = self.settings, time.perf_counter()
         # Dropout's randomness is a function of the step: a resumed run repeats it.
-        torch.manual_seed(settings.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
         rate = rate_at(self.step, total, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -245,7 +247,7 @@ class Trainer:
 
     def concept_loss(self, concepts: Concepts, features: Tensor) -> Tensor:
         """The loss of made-up pairs; features [b, h]: pooled features of the batch's pictures."""
-        rng = np.random.default_rng([self.settings.seed, self.step, 2])
+        rng = np.random.default_rng([self.seed, self.step, 2])
         drawn = concepts.draw(self.settings.concept_batch, rng)
         made_up = made_up_features(concepts, drawn, features.detach().float().cpu().numpy(), rng)
         tokens = self.checkpoint.tokenizer(
@@ -318,6 +320,7 @@ class Trainer:
         tensors, numbers = pack_optimizer(self.optimizer)
         state = {
             "split_hash": self.train_hash,
+            "seed": self.seed,
             "step": self.step,
             "total": self.steps_per_epoch * self.settings.epochs,
             "best": self.best,
@@ -376,6 +379,17 @@ class Trainer:
 
 
 # Parts that are functions of their arguments
+
+
+def seed_of_draws(seed: int, fingerprint: str) -> int:
+    """The seed of order, captions, views and dropout for a run that starts from the model with this fingerprint.
+
+    With the run's own seed, one that goes on from the model of another would draw the very batches that the other has
+    learnt by heart, and gain little. "": new heads.
+    """
+    if not fingerprint:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:4], "big")
 
 
 def image_tokens(model: CLIPModel) -> int:
