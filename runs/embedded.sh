@@ -46,10 +46,15 @@ train taught "${DATA_OPTIONS[@]}" --model "$OUT/tuned" --tune-text all --tune-im
     --teacher "$OUT/tuned" --teacher "$OUT/flickr8k/tuned" --teacher-weight 0.7 \
     --epochs 10 --batch-size 250 --rate-heads 8e-4 --rate-image 2e-4 --rate-text 1e-4 --weight-decay 0.05
 
-# 5. Bytes instead of floats; training pictures tell the scale of what flows between the convolutions.
+# 5. Half way back: that knows more of what Flickr8k does not show.
+if [ ! -f "$OUT/mean/config.json" ]; then
+    python runs/average.py "$OUT/tuned" "$OUT/taught" "$OUT/mean"
+fi
+
+# 6. Bytes instead of floats; training pictures tell the scale of what flows between the convolutions.
 if [ ! -f "$OUT/model/config.json" ]; then
     rm -rf "$OUT/pictures"
     mkdir "$OUT/pictures"
     sed "s|^|$DATA/Images/|" "$OUT/train.txt" | xargs ln -s -t "$OUT/pictures"
-    clipmatch export "$OUT/taught" --out "$OUT/model" --int8 --pictures "$OUT/pictures"
+    clipmatch export "$OUT/mean" --out "$OUT/model" --int8 --pictures "$OUT/pictures"
 fi

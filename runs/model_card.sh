@@ -12,7 +12,7 @@ cd "$ROOT"
 source runs/stages.sh
 
 PICTURES=(--captions "$DATA/captions.txt" --images "$DATA/Images")
-clipmatch evaluate --model "$OUT/taught" "${PICTURES[@]}" --split "$DATA/splits/dev.txt" --json "$OUT/evaluation_float.json"
+clipmatch evaluate --model "$OUT/mean" "${PICTURES[@]}" --split "$DATA/splits/dev.txt" --json "$OUT/evaluation_float.json"
 clipmatch evaluate --model "$OUT/model" "${PICTURES[@]}" --split "$DATA/splits/dev.txt" --json "$OUT/evaluation.json"
 for split in dev test; do
     python benchmarks/everyday.py --model "$OUT/model" --split $split --json "$OUT/everyday_$split.json"
