@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
+	$(BIN)/clipmatch demo
 	$(BIN)/clipmatch demo --train
 
 test: setup
