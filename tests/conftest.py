@@ -16,7 +16,6 @@ from clipmatch.config import ModelConfig, PreprocessConfig
 from clipmatch.data import load_captions
 from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
-from clipmatch.modelfolder import EMBEDDED, IMAGE_GRAPH
 from clipmatch.preprocess import Tokenizer, Transform
 from clipmatch.scenes import generate
 
@@ -97,14 +96,7 @@ main()
 
 
 @pytest.fixture(scope="session")
-def shipped():
-    """For tests of the model that comes with clipmatch: a checkout without its files skips them."""
-    if not (EMBEDDED / IMAGE_GRAPH).is_file():
-        pytest.skip("this checkout has no embedded model")
-
-
-@pytest.fixture(scope="session")
-def demo(shipped, tmp_path_factory):
+def demo(tmp_path_factory):
     """`clipmatch demo`, run once without PyTorch -> (its folder, what it printed)."""
     place = tmp_path_factory.mktemp("visitor")
     environment = {**os.environ, "CLIPMATCH_CACHE": str(place / "cache")}

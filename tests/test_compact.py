@@ -315,7 +315,7 @@ def test_without_an_embedded_model_it_says_so(scenes, tmp_path, monkeypatch):
     assert "lacks the embedded model" in result.stderr
 
 
-def test_the_model_that_comes_with_clipmatch_learns_to_know_scenes(shipped, scenes, tmp_path):
+def test_the_model_that_comes_with_clipmatch_learns_to_know_scenes(scenes, tmp_path):
     """It has never seen drawings; a few dozen of them take it far."""
     splits, start = split_captions(load_captions(scenes)), load_heads()
     result = train(splits, TrainConfig(str(tmp_path / "run"), batch_size=20), start, progress=False)

@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,13 +12,13 @@ from clipmatch.demo import PHOTOGRAPHS, QUERIES, best_matches, sample_photograph
 from clipmatch.search import Match, Matches
 
 SHOWS = {
-    "a cat": "chelsea.png",
-    "a cup of coffee": "coffee.png",
-    "an astronaut": "astronaut.png",
-    "a rocket launch": "rocket.jpg",
-    "coins": "coins.png",
-    "the moon": "moon.png",
-    "a motorcycle": "motorcycle_left.png",
+    "a cat": "chelsea",
+    "a cup of coffee": "coffee",
+    "an astronaut": "astronaut",
+    "a rocket launch": "rocket",
+    "coins": "coins",
+    "the moon": "moon",
+    "a motorcycle": "motorcycle_left",
 }
 
 
@@ -26,18 +27,20 @@ def run(*arguments):
 
 
 def answers(output):
-    """What is printed -> query: file name of the best match."""
-    return dict(re.findall(r"^(.+?) +-?\d\.\d{3}  (?:\d\.\d\d  )?(\S+)$", output, re.MULTILINE))
+    """What is printed -> query: names of the best three photographs."""
+    rows = re.findall(r"^(\S.*?)  +(\S+ -?\d\.\d\d  .*)$", output, re.MULTILINE)
+    return {query: [answer.split()[0] for answer in best.split("  ")] for query, best in rows}
 
 
 def test_most_queries_find_what_they_name(demo):
+    """First where it is plain, and nearly always among the three that one glance takes in."""
     _, output = demo
     found = answers(output)
     assert list(found) == list(QUERIES) == list(SHOWS)
-    assert set(found.values()) <= set(PHOTOGRAPHS)
-    assert found["a cat"] == SHOWS["a cat"]
-    assert found["a cup of coffee"] == SHOWS["a cup of coffee"]
-    assert sum(found[query] == SHOWS[query] for query in QUERIES) > len(QUERIES) / 2
+    assert {name for names in found.values() for name in names} <= {Path(name).stem for name in PHOTOGRAPHS}
+    assert found["a cat"][0] == SHOWS["a cat"]
+    assert found["a motorcycle"][0] == SHOWS["a motorcycle"]
+    assert sum(SHOWS[query] in found[query] for query in QUERIES) >= 6
 
 
 def test_the_page_shows_what_is_printed_and_stands_alone(demo):
@@ -46,10 +49,10 @@ def test_the_page_shows_what_is_printed_and_stands_alone(demo):
     page = (folder / "photographs.html").read_text(encoding="utf-8")
     sections = page.split("<h3>")[1:]
     assert len(sections) == len(QUERIES)
-    for section, (query, name) in zip(sections, answers(output).items(), strict=True):
+    for section, (query, names) in zip(sections, answers(output).items(), strict=True):
         assert section.startswith(f"{query}</h3>")
         shown = re.findall(r'src="data:image/jpeg;base64,[^"]+" alt="([^"]+)"', section)
-        assert shown[0] == name
+        assert [Path(name).stem for name in shown[:3]] == names
         assert len(set(shown)) == 5
         assert 'class="right"' not in section  # the page does not know
     for outside in ("http:", "https:", "<script", "@import"):
@@ -64,11 +67,14 @@ def test_it_ends_with_what_to_type_next(demo):
 
 
 def test_confidence_is_printed_where_the_model_knows_it(tmp_path):
-    results = [(query, Matches(query, [Match(tmp_path / f"{query}.png", 0.25, 0.5)])) for query in ("ox", "a dog")]
+    results = [
+        (query, Matches(query, [Match(tmp_path / f"{query}{number}.png", 0.25, 0.5) for number in range(4)]))
+        for query in ("ox", "dog")
+    ]
     assert best_matches(results) == [
-        "query  score  conf  best match",
-        "ox     0.250  0.50  ox.png",
-        "a dog  0.250  0.50  a dog.png",
+        "query  best three, and how sure it is",
+        "ox   ox0 0.50  ox1 0.50  ox2 0.50",
+        "dog  dog0 0.50  dog1 0.50  dog2 0.50",
     ]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.report import write_search_page
-from clipmatch.search import Matches, find_matches
+from clipmatch.search import Match, Matches, find_matches
 
 INSTALL = 'pip install "clipmatch[demo]"'
 FOLDER = "skimage/data"
@@ -82,12 +82,12 @@ def sample_photographs() -> list[Path]:
 
 
 def best_matches(results: Sequence[tuple[str, Matches]]) -> list[str]:
-    """The best match of each query as lines of a table, with its confidence if the model is calibrated."""
+    """The best three of each query as a line of a table, each with its confidence (its cosine, if not calibrated)."""
     width = max(len(query) for query, _ in results)
-    sure = results[0][1][0].confidence is not None
-    lines = [f"{'query':{width}}  score  {'conf  ' * sure}best match"]
-    for query, matches in results:
-        best = matches[0]
-        confidence = "" if best.confidence is None else f"{best.confidence:4.2f}  "
-        lines.append(f"{query:{width}}  {best.score:5.3f}  {confidence}{best.path.name}")
-    return lines
+    heading = f"{'query':{width}}  best three, and how sure it is"
+    return [heading, *(f"{query:{width}}  {'  '.join(map(named, matches[:3]))}" for query, matches in results)]
+
+
+def named(match: Match) -> str:
+    """A match in a few words."""
+    return f"{match.path.stem} {match.score if match.confidence is None else match.confidence:.2f}"
