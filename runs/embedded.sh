@@ -6,7 +6,7 @@
 # DATA as for runs/flickr8k.sh; all pictures outside dev are trained on. OUT/model, once runs/model_card.sh has measured
 # it, is what lies in src/clipmatch/embedded.
 # Needs Debian's wordnet-base beside what `make setup` installs. Run it again after an interruption: what is finished is
-# kept, what was going on is resumed. About two hours on two CPU cores.
+# kept, what was going on is resumed. More than two hours on two CPU cores.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 DATA=$(realpath "${1:-$ROOT/../shared/flickr8k}")
