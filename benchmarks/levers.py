@@ -27,6 +27,7 @@ TUNED = {
     "epochs": 2, "batch_size": 250, "views": 4, "tune_text": "all", "tune_image": 5,
     "rate_heads": 1e-3, "rate_image": 2e-4, "rate_text": 1e-4, "weight_decay": 0.05,
 }  # fmt: skip
+TAUGHT = {**TUNED, "teacher_weight": 0.7, "rate_heads": 3e-4, "rate_image": 7e-5, "rate_text": 3e-5}  # short: gentle
 BOTH = ("tuned", "flickr8k/tuned")
 
 # stage, name, what differs; the first of a stage is its base
@@ -43,10 +44,10 @@ RUNS = [
     ("tuned", "text tower alone", {"tune_image": "none"}),
     ("tuned", "batch 500", {"batch_size": 500}),
     ("tuned", "one view", {"views": 1}),
-    ("taught", "base", {"teachers": BOTH, "teacher_weight": 0.7}),
+    ("taught", "base", {"teachers": BOTH}),
     ("taught", "no teacher", {}),
-    ("taught", "taught by itself alone", {"teachers": BOTH[:1], "teacher_weight": 0.7}),
-    ("taught", "taught by the transformer alone", {"teachers": BOTH[1:], "teacher_weight": 0.7}),
+    ("taught", "taught by itself alone", {"teachers": BOTH[:1]}),
+    ("taught", "taught by the transformer alone", {"teachers": BOTH[1:]}),
 ]  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def start_of(stage, recipe, changes):
 
 
 def settings_of(stage, recipe, out, changes):
-    base = HEADS if stage == "heads" else TUNED
+    base = {"heads": HEADS, "tuned": TUNED, "taught": TAUGHT}[stage]
     values = {"concepts": str(recipe / "concepts.safetensors"), "evaluate_every": 100, **base, **changes}
     for name in ("image_pooling", "feature_dropout"):  # of the model
         values.pop(name, None)
