@@ -29,7 +29,6 @@ from clipmatch import calibration_fit as cal
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 from clipmatch.evaluation import RECALLS, bootstrap_interval
-from clipmatch.index import embed_remembered
 from clipmatch.scenes import generate
 
 # Things that captioned photographs of people, dogs and sports hardly show. Replace it for another kind of pictures.
@@ -115,7 +114,7 @@ PHRASES = {
 
 def embed(model, rows):
     """Captioned pictures -> picture rows, caption rows, owners, captions; unreadable pictures are left out."""
-    images = embed_remembered(model, [row.path for row in rows])
+    images = model.embed_images([row.path for row in rows])
     kept = set(images.paths)
     rows = [row for row in rows if row.path in kept]
     captions = [caption for row in rows for caption in row.captions]

@@ -18,8 +18,8 @@ from convert_towers import lite2_source, package_file
 from clipmatch.checkpoint import create_checkpoint
 from clipmatch.concepts import Concepts
 from clipmatch.config import ModelConfig
+from clipmatch.crawl import list_images
 from clipmatch.features import image_features
-from clipmatch.index import list_images
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory
 
 WORDNET = (Path("/usr/share/wordnet/data.noun"), Path("/usr/local/WordNet-3.0/dict/data.noun"))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import clipmatch
-from clipmatch.cli import main, printable
+from clipmatch.cli import main
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 
@@ -257,11 +257,6 @@ def test_a_reader_that_goes_away_gets_no_traceback(model_folder, scenes):
     assert process.returncode == 0
     assert b"Traceback" not in errors
     assert b"BrokenPipe" not in errors
-
-
-def test_printable():
-    assert printable("a b/ü.jpg") == "a b/ü.jpg"
-    assert printable("a\nb\tc\x7f\udcff") == "a\\nb\\tc\\x7f\\udcff"
 
 
 # What goes wrong

@@ -1,10 +1,8 @@
 """The search of sample photographs as a newcomer runs it, in an installation without PyTorch."""
 
 import re
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError
 
-import pytest
 from click.testing import CliRunner
 
 from clipmatch.cli import main
@@ -78,19 +76,16 @@ def test_confidence_is_printed_where_the_model_knows_it(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("missing", ["scikit-image", "jinja2"])
-def test_without_the_extra_it_says_what_to_install(missing, tmp_path, monkeypatch):
+def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     def look_up(name):
-        if name == missing:
-            raise PackageNotFoundError(name)
-        return distribution(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr("clipmatch.demo.distribution", look_up)
     done = run("--out", tmp_path / "demo")
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert (
-        done.stderr == f'Error: The demo needs the package {missing}; install it with: pip install "clipmatch[demo]"\n'
+    assert done.stderr == (
+        'Error: The demo needs the package scikit-image; install it with: pip install "clipmatch[demo]"\n'
     )
     assert not (tmp_path / "demo").exists()
 

@@ -11,6 +11,8 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,18 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
-from clipmatch.preprocess import MAX_PIXELS, ImageError, Tokenizer, Transform, load_image, random_box
+from clipmatch.imageformats import NEEDED_AVIF, RAW_SUFFIXES, SUFFIXES, library, missing_library
+from clipmatch.metadata import Metadata
+from clipmatch.preprocess import (
+    MAX_PIXELS,
+    ImageError,
+    Tokenizer,
+    Transform,
+    load_image,
+    open_photo,
+    random_box,
+    read_header,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -55,14 +68,9 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64))
 
 
-# Loading
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_eight_orientations_come_out_upright(tmp_path, orientation, suffix):
-    # what the camera stored, so that turning it by the EXIF orientation gives the scene
-    stored = {
+def stored(image, orientation):
+    """What the camera stores, so that turning it by the EXIF orientation gives the image."""
+    undone = {
         1: lambda image: image,
         2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: lambda image: image.rotate(180),
@@ -71,11 +79,20 @@ def test_all_eight_orientations_come_out_upright(tmp_path, orientation, suffix):
         6: lambda image: image.rotate(90, expand=True),
         7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
         8: lambda image: image.rotate(-90, expand=True),
-    }[orientation](scene())
+    }
+    return undone[orientation](image)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_orientations_come_out_upright(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"image.{suffix}"
-    stored.save(path, exif=exif, quality=95)
+    stored(scene(), orientation).save(path, exif=exif, quality=95)
     loaded = load_image(path)
     assert difference(loaded, scene()) < 8
     # a picture that was turned must not be turned again
@@ -281,6 +298,172 @@ def test_a_large_picture_below_the_limit_gives_no_warning_and_leaves_pillow_alon
         load_image(path)
     assert "limit" not in error.value.reason  # it gets as far as the missing pixels
     assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == (limit, filters)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+def test_a_photo_is_its_image_and_its_header(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    photo(640, 480).save(path)
+    for min_size in (None, 100):
+        image, metadata = open_photo(path, min_size)
+        assert difference(image, load_image(path, min_size)) == 0
+        assert metadata == read_header(path) == Metadata(640, 480)
+
+
+@pytest.mark.parametrize("kind", ["truncated PNG", "truncated JPEG", "text", "absent"])
+def test_a_photo_of_a_broken_file_is_an_image_error(tmp_path, kind):
+    with pytest.raises(ImageError) as expected:
+        load_image(broken(tmp_path, kind))
+    with pytest.raises(ImageError) as actual:
+        open_photo(tmp_path / "file.jpg")  # reading a PNG's metadata decodes it: what has failed then must fail again
+    assert str(actual.value) == str(expected.value)
+
+
+# HEIC and RAW
+
+
+def heic(path, image, **extra):
+    """Write a HEIC file by the library that also reads it, without telling Pillow of it."""
+    pytest.importorskip("pillow_heif").from_pillow(image).save(path, quality=95, **extra)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_comes_out_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = orientation, "Phone"
+    path = heic(tmp_path / "a.heic", stored(scene(), orientation), exif=exif.tobytes())
+    image, metadata = open_photo(path, min_size=16)
+    assert difference(image, scene()) < 8
+    assert metadata == Metadata(80, 48, camera="Phone")
+    assert "HEIF" not in Image.OPEN  # Pillow itself is left alone
+
+
+def test_the_kind_of_a_heic_file_is_told_by_its_content(tmp_path):
+    assert load_image(heic(tmp_path / "a.heic", scene()).rename(tmp_path / "a.jpg")).size == (80, 48)
+    scene().save(tmp_path / "b.jpg")
+    assert load_image((tmp_path / "b.jpg").rename(tmp_path / "b.heic")).size == (80, 48)
+
+
+def test_a_damaged_heic_file_is_an_image_error(tmp_path):
+    path = heic(tmp_path / "a.heic", photo(300, 200))
+    sound = path.read_bytes()
+    for length in range(1, len(sound), len(sound) // 20):
+        path.write_bytes(sound[:length])
+        with pytest.raises(ImageError):
+            load_image(path)
+
+
+def directory(start, tags):
+    """The bytes of a TIFF directory at this offset, from {tag: (struct's letter of its values, values)}."""
+    kinds = {"s": 2, "B": 1, "H": 3, "I": 4}
+    rows, values = b"", b""
+    beyond = start + 2 + 12 * len(tags) + 4
+    for tag, (letter, value) in sorted(tags.items()):
+        data = value if letter == "s" else struct.pack(f"<{len(value)}{letter}", *value)
+        place = struct.pack("<I", beyond + len(values)) if len(data) > 4 else data.ljust(4, b"\0")
+        values += data + b"\0" * (len(data) % 2) if len(data) > 4 else b""
+        rows += struct.pack("<HHI", tag, kinds[letter], len(data) // struct.calcsize(letter)) + place
+    return struct.pack("<H", len(tags)) + rows + bytes(4) + values
+
+
+def write_raw(path, preview, orientation, kind):
+    """A small DNG file, as a camera would write it: a grey sensor of 320 x 192, and a preview of some kind or none.
+
+    kind: "JPEG", "bitmap", "none", or "not TIFF": the beginning that Olympus gives to its files.
+    """
+    sensor = np.full((192, 320), 3000, "<u2").tobytes()
+    layout = {256: ("I", [320]), 257: ("I", [192]), 258: ("H", [16]), 259: ("H", [1]), 262: ("H", [32803])}
+    layout |= {277: ("H", [1]), 278: ("I", [192]), 279: ("I", [len(sensor)]), 33421: ("H", [2, 2])}
+    layout |= {254: ("I", [0]), 33422: ("B", [0, 1, 1, 2])}
+    camera = {271: ("s", b"Acme\0"), 272: ("s", b"Acme Raw\0"), 306: ("s", b"2021:06:05 14:03:02\0")}
+    camera |= {274: ("H", [orientation]), 50706: ("B", [1, 4, 0, 0]), 50708: ("s", b"Acme Raw\0")}
+    if kind == "none":
+        end = 8 + len(directory(8, camera | layout | {273: ("I", [0])}))
+        path.write_bytes(b"II*\0\x08\0\0\0" + directory(8, camera | layout | {273: ("I", [end])}) + sensor)
+        return path
+    width, height = preview.size
+    buffer = io.BytesIO()
+    preview.save(buffer, "JPEG", quality=95)
+    data = preview.tobytes() if kind == "bitmap" else buffer.getvalue() + b"\0" * (buffer.tell() % 2)
+    camera |= {254: ("I", [1]), 256: ("I", [width]), 257: ("I", [height]), 258: ("H", [8, 8, 8]), 278: ("I", [height])}
+    camera |= {259: ("H", [1 if kind == "bitmap" else 7]), 262: ("H", [2 if kind == "bitmap" else 6])}
+    camera |= {277: ("H", [3]), 279: ("I", [len(data)])}
+    begin = 8 + len(directory(8, camera | {273: ("I", [0]), 330: ("I", [0])}))
+    below = begin + len(data)
+    end = below + len(directory(below, layout | {273: ("I", [0])}))
+    head = b"IIRO\x08\0\0\0" if kind == "not TIFF" else b"II*\0\x08\0\0\0"
+    first = directory(8, camera | {273: ("I", [begin]), 330: ("I", [below])})
+    path.write_bytes(head + first + data + directory(below, layout | {273: ("I", [end])}) + sensor)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "bitmap", "not TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_preview_of_a_raw_file_comes_out_upright(tmp_path, kind, orientation):
+    pytest.importorskip("rawpy")
+    preview = stored(scene(160, 96), orientation)
+    path = write_raw(tmp_path / "a.ORF", preview, orientation, kind)
+    image, metadata = open_photo(path)
+    assert difference(image, scene(160, 96)) < 8
+    size = (320, 192) if orientation in (1, 3) else (192, 320)  # of the photograph, not of its preview
+    assert metadata == Metadata(*size, datetime(2021, 6, 5, 14, 3, 2), camera="Acme Raw")
+    assert difference(load_image(path), image) == 0
+
+
+def test_the_preview_of_a_raw_file_is_decoded_at_a_reduced_size(tmp_path):
+    pytest.importorskip("rawpy")
+    path = write_raw(tmp_path / "a.dng", photo(1600, 1000), 1, "JPEG")
+    assert (load_image(path).size, load_image(path, min_size=224).size) == ((1600, 1000), (400, 250))
+
+
+def test_a_raw_file_without_a_preview_is_developed(tmp_path):
+    pytest.importorskip("rawpy")
+    image, metadata = open_photo(write_raw(tmp_path / "a.dng", None, 6, "none"))
+    assert (image.mode, image.size) == ("RGB", (96, 160))
+    assert (metadata.width, metadata.height, metadata.camera) == (192, 320, "Acme Raw")
+
+
+def test_a_damaged_raw_file_is_an_image_error(tmp_path):
+    pytest.importorskip("rawpy")
+    sound = write_raw(tmp_path / "a.nef", photo(300, 200), 1, "JPEG").read_bytes()
+    for length in (9, 100, 400):
+        (tmp_path / "a.nef").write_bytes(sound[:length])
+        with pytest.raises(ImageError, match="it is a damaged or unsupported RAW file [(][A-Z][a-z]"):
+            load_image(tmp_path / "a.nef")
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "kind"),
+    [("a.heic", "pillow_heif", "HEIC"), ("a.HIF", "pillow_heif", "HEIC"), ("a.DNG", "rawpy", "RAW")],
+)
+def test_without_its_library_a_file_says_what_to_install(tmp_path, monkeypatch, name, package, kind):
+    path = tmp_path / name
+    if kind == "HEIC":
+        heic(path, scene())
+    else:
+        write_raw(path, scene(), 1, "JPEG")  # which Pillow would open, as the preview that it begins with
+        assert Image.open(path).size == (80, 48)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails, as if it were not there
+    library.cache_clear()
+    try:
+        reason = missing_library(path)
+        with pytest.raises(ImageError) as error:
+            load_image(path)
+    finally:
+        library.cache_clear()
+    expected = (
+        f'{kind} pictures need {package.replace("_", "-")}, which is not installed: pip install "clipmatch[photos]"'
+    )
+    assert reason == error.value.reason == expected
+
+
+def test_which_files_are_pictures_and_which_of_them_can_be_opened(monkeypatch):
+    assert {".jpg", ".png", ".gif", ".tif", ".webp", ".bmp", ".avif", ".heic", ".cr3"} < SUFFIXES
+    assert {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"} == RAW_SUFFIXES
+    assert [missing_library(Path(f"a{suffix}")) for suffix in (".jpg", ".AVIF", ".txt")] == [None] * 3
+    monkeypatch.setattr("clipmatch.imageformats.features.check", lambda feature: feature != "avif")
+    assert missing_library(Path("a.avif")) == NEEDED_AVIF
 
 
 # Transform

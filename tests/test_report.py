@@ -13,7 +13,6 @@ from clipmatch.evaluation import Evaluation, measure, retrieval_ranks
 from clipmatch.search import Match
 
 pytest.importorskip("matplotlib", reason='the reports need pip install "clipmatch[train]"')
-pytest.importorskip("jinja2", reason='the reports need pip install "clipmatch[train]"')
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HOSTILE = "<script>alert('$5 & $6')</script>"

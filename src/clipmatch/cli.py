@@ -19,14 +19,15 @@ import click
 from click.core import ParameterSource
 
 from clipmatch import __version__
+from clipmatch.cli_photos import duplicates_command, find_command, index_command, model_option
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.formats import READERS
+from clipmatch.output import report_failures
 
 if TYPE_CHECKING:
     from clipmatch.embedder import BatchedEmbedder
     from clipmatch.evaluation import Evaluation
-    from clipmatch.search import Matches
 
 FORMATS = [reader.name for reader in READERS]
 Command = Callable[..., Any]
@@ -67,8 +68,11 @@ def main() -> None:
     """Match text to images.
 
     \b
-    Search your photographs, at once and offline:
+    Search a folder of photographs, at once and offline:
         clipmatch find "a dog on a beach" --images ~/Pictures
+    Keep up with a whole collection, and ask it more:
+        clipmatch index ~/Pictures
+        clipmatch find "a dog on a beach" --not person --after 2023
     See what it finds in sample photographs:
         clipmatch demo
     See a model learn from nothing, in three minutes:
@@ -85,6 +89,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+main.add_command(index_command)
+main.add_command(find_command)
+main.add_command(duplicates_command)
+
+
 def data_options(command: Command) -> Command:
     """Options that say which captioned pictures."""
     for option in (
@@ -95,12 +104,6 @@ def data_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
-
-
-def model_option(command: Command) -> Command:
-    """The option that names a model to search or measure with."""
-    text = "Model folder, training run or hub name of a CLIP; the model that comes with clipmatch if not given."
-    return click.option("--model", metavar="NAME", help=text)(command)
 
 
 def device_options(command: Command) -> Command:
@@ -404,65 +407,6 @@ def warn_of_training_pictures(model: str, rows: Any) -> bool:
 
 
 @main.command()
-@click.argument("query")
-@model_option
-@click.option("--images", required=True, metavar="DIR", help="Folder of photographs, searched with its subfolders.")
-@click.option("-k", "--top-k", default=9, show_default=True, help="How many matches.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of path and score.")
-@click.option("--paths", is_flag=True, help="Print paths alone, one a line, byte for byte.")
-@click.option(
-    "--min-confidence",
-    type=click.FloatRange(0, 1),
-    help="Leave out matches that are less probably what is meant; where many would do, 0.1 is much.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
-def find(
-    query: str,
-    model: str | None,
-    images: str,
-    top_k: int,
-    as_json: bool,
-    paths: bool,
-    min_confidence: float | None,
-    device: str | None,
-) -> None:
-    """Find the photographs that match QUERY, best first.
-
-    Each photograph is embedded once and remembered, so that the next query is quick. A model that has been evaluated
-    also says how probable it is that a photograph is the one described (the column "conf").
-    """
-    from clipmatch.embedder import load_model
-    from clipmatch.search import find_matches
-
-    matches = find_matches(query, load_model(model, device), images, top_k, min_confidence=min_confidence)
-    report_failures(matches.failures)
-    if as_json:
-        rows = [{"path": str(match.path), "score": match.score, "confidence": match.confidence} for match in matches]
-        click.echo(json.dumps(rows, indent=2))
-    elif paths:
-        for match in matches:
-            click.echo(os.fsencode(match.path))
-    elif matches:
-        click.echo(match_table(matches))
-    if not matches and matches.best:
-        click.echo(
-            f"No photograph seems to show {query!r}: the best has a confidence of {matches.best.confidence:.2f}; "
-            "a lower --min-confidence shows it.",
-            err=True,
-        )
-
-
-def match_table(matches: Matches) -> str:
-    """Matches as lines, with their confidence if the model is calibrated."""
-    sure = matches[0].confidence is not None
-    lines = ["rank  score  " + "conf  " * sure + "path"]
-    for rank, match in enumerate(matches, 1):
-        confidence = "" if match.confidence is None else f"{match.confidence:4.2f}  "
-        lines.append(f"{rank:4d}  {match.score:5.3f}  {confidence}{printable(match.path)}")
-    return "\n".join(lines)
-
-
-@main.command()
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Folder of the ONNX model.")
 @click.option("--int8", is_flag=True, help="Weights of one byte: a quarter of the size, nearly the same answers.")
@@ -501,19 +445,6 @@ def models(folders: tuple[str, ...], as_json: bool) -> None:
 
     found = list_models(folders or ["."])
     click.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else model_table(found))
-
-
-def report_failures(failures: Any) -> None:
-    """Files that could not be used, by path and reason, on stderr."""
-    if failures:
-        click.echo(f"{len(failures)} image{'s' * (len(failures) > 1)} could not be read:", err=True)
-    for failure in failures:
-        click.echo(f"  {printable(failure.path)}: {failure.reason}", err=True)
-
-
-def printable(path: Any) -> str:
-    """A path on one line: line breaks, control characters and stray bytes of a name as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
+from clipmatch.index import find_matches
 from clipmatch.report import write_search_page
-from clipmatch.search import Match, Matches, find_matches
+from clipmatch.search import Match, Matches
 
 INSTALL = 'pip install "clipmatch[demo]"'
 FOLDER = "skimage/data"
@@ -61,12 +62,11 @@ def run_demo(out: Path) -> str:
 
 
 def check_extra() -> None:
-    """Raise ClipmatchError when one of the packages of the extra `demo` is not installed."""
-    for package in ("scikit-image", "jinja2"):
-        try:
-            distribution(package)
-        except PackageNotFoundError:
-            raise ClipmatchError(f"The demo needs the package {package}; install it with: {INSTALL}") from None
+    """Raise ClipmatchError when what the extra `demo` brings is not installed."""
+    try:
+        distribution("scikit-image")
+    except PackageNotFoundError:
+        raise ClipmatchError(f"The demo needs the package scikit-image; install it with: {INSTALL}") from None
 
 
 def sample_photographs() -> list[Path]:

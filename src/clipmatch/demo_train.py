@@ -96,10 +96,10 @@ def run_training_demo(out: Path, seed: int = 0) -> str:
     from clipmatch.checkpoint import load_checkpoint
     from clipmatch.embedder import TorchEmbedder
     from clipmatch.evaluation import evaluate, recall_table
+    from clipmatch.index import find_matches
     from clipmatch.modelfolder import write_json
     from clipmatch.report import write_demo_report
     from clipmatch.runlog import read_history
-    from clipmatch.search import find_matches
 
     began = time.perf_counter()
     folder = generate(out / "scenes", size=SIZE, seed=seed)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from clipmatch.calibration import Calibration
@@ -50,6 +51,7 @@ BATCH = 64
 INSTALL = 'pip install "clipmatch[train]"'
 
 EncodePixels: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+ReadImage: TypeAlias = Callable[[Path, int | None], Image.Image]  # as `load_image`
 EncodeStrings: TypeAlias = Callable[[list[str]], NDArray[np.float32]]
 
 
@@ -81,8 +83,13 @@ class Embedder(Protocol):
     fingerprint: str
     dim: int
 
-    def embed_images(self, paths: Sequence[str | Path], progress: bool = True) -> ImageEmbeddings:
-        """Paths -> unit rows for those that can be read; a bad file is a `Failure`, never an exception."""
+    def embed_images(
+        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage = load_image
+    ) -> ImageEmbeddings:
+        """Paths -> unit rows for those that can be read; a bad file is a `Failure`, never an exception.
+
+        read: how a file becomes a picture, with the size below which neither side may fall; called from threads.
+        """
         ...
 
     def embed_texts(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
@@ -94,8 +101,8 @@ class BatchedEmbedder(ABC):
     """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
 
     A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
-    model folder that it was loaded from, if there is one. logit_scale: the factor between cosine and logit that it was
-    trained with.
+    model folder that it was loaded from, if there is one. name: what loads it again wherever it is asked from.
+    logit_scale: the factor between cosine and logit that it was trained with.
     """
 
     fingerprint: str
@@ -103,6 +110,7 @@ class BatchedEmbedder(ABC):
     transform: Transform
     folder: Path | None = None
     logit_scale: float = INIT_LOGIT_SCALE
+    name: str | None = None
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -119,21 +127,28 @@ class BatchedEmbedder(ABC):
     def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
         """B strings -> unit rows [b, d]."""
 
-    def embed_images(self, paths: Sequence[str | Path], progress: bool = True) -> ImageEmbeddings:
+    def embed_images(
+        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage = load_image
+    ) -> ImageEmbeddings:
         """Paths -> unit rows [n, d] for those that can be read."""
-        return self.map_images(self.encode_pixels, (self.dim,), paths, progress)
+        return self.map_images(self.encode_pixels, (self.dim,), paths, progress, read)
 
     def embed_texts(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
         """M strings -> [m, d] unit rows."""
         return self.map_texts(self.encode_strings, (self.dim,), texts, progress)
 
     def map_images(
-        self, encode: EncodePixels, shape: tuple[int, ...], paths: Sequence[str | Path], progress: bool
+        self,
+        encode: EncodePixels,
+        shape: tuple[int, ...],
+        paths: Sequence[str | Path],
+        progress: bool,
+        read: ReadImage = load_image,
     ) -> ImageEmbeddings:
         """Paths -> what `encode` makes of their pixels, a row of `shape` for each file that can be read."""
         files, failures, rows = [], [], []
         bar = tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH)
-        for batch in read_batches([Path(path) for path in paths], self.transform):
+        for batch in read_batches([Path(path) for path in paths], self.transform, read=read):
             failures += batch.failures
             if batch.paths:
                 files += batch.paths
@@ -378,12 +393,14 @@ class PixelBatch:
     failures: list[Failure]
 
 
-def read_batches(paths: list[Path], transform: Transform, size: int = BATCH) -> Iterator[PixelBatch]:
+def read_batches(
+    paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage = load_image
+) -> Iterator[PixelBatch]:
     """Decode files in threads, a batch ahead of the consumer, in order. A bad file ends up in `failures`."""
 
-    def read(path: Path) -> NDArray[np.uint8] | Failure:
+    def decode(path: Path) -> NDArray[np.uint8] | Failure:
         try:
-            return transform.pixels(load_image(path, min_size=transform.config.size))
+            return transform.pixels(read(path, transform.config.size))
         except ImageError as error:
             return Failure(path, error.reason)
 
@@ -397,7 +414,7 @@ def read_batches(paths: list[Path], transform: Transform, size: int = BATCH) -> 
         waiting: list[Any] = []
         for number in range(len(batches) + 1):
             if number < len(batches):
-                waiting.append([pool.submit(read, path) for path in batches[number]])
+                waiting.append([pool.submit(decode, path) for path in batches[number]])
             if number > 0:
                 yield gather(batches[number - 1], [future.result() for future in waiting.pop(0)])
 

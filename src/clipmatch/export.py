@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from clipmatch.checkpoint import Checkpoint, atomic_folder, load_checkpoint, refuse_foreign
 from clipmatch.config import to_json
+from clipmatch.crawl import list_images
 from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder, read_batches
 from clipmatch.errors import ClipmatchError, reason_of
-from clipmatch.index import list_images
 from clipmatch.model import fold_standardisation, last_hidden_state, leading_tokens
 from clipmatch.modelfolder import (
     CALIBRATION,

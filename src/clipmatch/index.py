@@ -1,150 +1,278 @@
-"""Each photograph is embedded once: a small SQLite file that remembers vectors.
+"""A photo collection, indexed: kept up to date with its folders, and asked.
 
-In: paths and an embedder. Out: unit rows for them, computed only where the file is new or changed. Knows nothing of
-queries.
-
-A row belongs to (model fingerprint, path, size, modification time), so another model's vectors are never mixed in and
-a changed file is embedded again.
+In: folders, questions. Out: `Matches`, `Summary`, photographs. This is the public face of store, vectors, ingest and
+search; how any of them works is not known here.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
+from platformdirs import user_data_path
 
-from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
+from clipmatch.calibration import Calibration
+from clipmatch.duplicates import group_near
+from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError
+from clipmatch.imageformats import SUFFIXES
+from clipmatch.ingest import Summary, check_model, reembed, update
+from clipmatch.query import Query, parse_query
 from clipmatch.runtime import cache_folder
+from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
+from clipmatch.store import Filter, ModelName, Photo, Root, Store
+from clipmatch.vectors import Gallery, open_gallery
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"))
-SCHEMA = 1
-CHUNK = 256  # files between two commits: what an interruption can cost
+
+def default_index() -> Path:
+    """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
+    return Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """All picture files below a folder, hidden ones left out, sorted; a file stands for itself.
+class Index:
+    """An index file and its model. `Index.open` opens or makes it; close it, or use it in a `with` statement.
 
-    Raises ClipmatchError when the folder does not exist or holds no picture.
+        with Index.open() as index:
+            index.update(["~/Pictures"])
+            for match in index.find("two dogs in the snow", where=Filter(camera="Pixel"), top_k=5):
+                print(match.confidence, match.path, match.photo.metadata.taken)
+
+    Photographs are iterated over as `Photo` rows: `pandas.DataFrame(map(vars, index))`.
     """
-    root = Path(folder).expanduser()
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise ClipmatchError(f"The image folder {root} does not exist; check its name.")
-    found = []
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(files) if is_image_name(name)]
-    if not found:
-        raise ClipmatchError(f"The folder {root} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-    return found
+
+    def __init__(self, store: Store, embedder: Callable[[], Embedder]):
+        self.store = store
+        self._load = embedder
+        self._embedder: Embedder | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path | None = None, model: str | Path | Embedder | None = None, create: bool = True
+    ) -> Index:
+        """The index in a file.
+
+        model: a loaded one, or the name of one as for `load_model`; None: the one that filled the index, or for a new
+        index the one that comes with clipmatch. It is loaded when it is first needed.
+        Raises ClipmatchError when the file is no index, or there is none and `create` is False.
+        """
+        store = Store.open(path or default_index(), create)
+        bound = store.model
+        if isinstance(model, str | Path) or model is None:
+            name = str(model) if model else bound.name if bound else None
+            return cls(store, lambda: load_model(name))
+        return cls(store, lambda: model)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.store.close()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __iter__(self) -> Iterator[Photo]:
+        return (photo for _, photo in self.store.photos())
+
+    @property
+    def embedder(self) -> Embedder:
+        """The model. Raises ClipmatchError if it can't be loaded, or is not the one that filled the index."""
+        if self._embedder is None:
+            self._embedder = self._load()
+            check_model(self.store, self._embedder)
+        return self._embedder
+
+    def update(
+        self,
+        folders: Sequence[str | Path] = (),
+        exclude: Sequence[str] = (),
+        follow_links: bool = False,
+        wait: bool = True,
+        progress: bool = True,
+    ) -> Summary:
+        """Make the index what the folders are now; without `folders`, all that it keeps up with.
+
+        exclude: patterns of names, or of paths below the folder, that are left out. One process at a time: another
+        waits, or without `wait` raises ClipmatchError.
+        """
+        roots = [Root(absolute(folder), tuple(exclude), follow_links) for folder in folders]
+        for root in roots:
+            if not root.path.exists():
+                raise ClipmatchError(f"The image folder {root.path} does not exist; check its name.")
+        embedder = self.embedder
+        with self.store.writer(wait):
+            if self.store.model is None:
+                self.store.bind(name_of(embedder))
+            for root in roots:
+                self.store.add_root(root)
+            if not (roots or self.store.roots()):
+                raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR")
+            return update(self.store, embedder, roots or self.store.roots(), progress)
+
+    def find(
+        self,
+        query: str | Path | Sequence[str | Path] | Query,
+        *,
+        exclude: str | Sequence[str] = (),
+        where: Filter | None = None,
+        top_k: int = 9,
+        page: int = 1,
+        min_confidence: float | None = None,
+        hybrid: bool = False,
+        diverse: bool = False,
+        duplicates: Stacking = "stack",
+    ) -> Matches:
+        """The photographs that match best: `Request` says what each setting does, `parse_query` what a query can be."""
+        request = Request(
+            (exclude,) if isinstance(exclude, str) else tuple(exclude),
+            where or Filter(), top_k, page, min_confidence, hybrid, diverse, duplicates,
+        )  # fmt: skip
+        asked = query if isinstance(query, Query) else parse_query(query)
+        return search(self.store, self.gallery(), self.embedder, self.calibration, asked, request)
+
+    def remove(self, folder: str | Path) -> int:
+        """Forget a folder with all its photographs -> how many there were. The files stay as they are.
+
+        Raises ClipmatchError if nothing of it is in the index.
+        """
+        with self.store.writer():
+            count = self.store.remove_below(absolute(folder))
+        if not count:
+            raise ClipmatchError(f"Nothing of {absolute(folder)} is in the index {self.store.path}.")
+        return count
+
+    def more_like(self, matches: Matches, rank: int) -> Query:
+        """The query for photographs like the one of that rank, from 1 on. Raises ClipmatchError if there is none."""
+        if not 1 <= rank <= len(matches):
+            raise ClipmatchError(f"There is no match {rank} to look for more like it; there are {len(matches)}.")
+        return parse_query(matches[rank - 1].path)
+
+    def duplicates(self, where: Filter | None = None) -> list[list[Photo]]:
+        """Groups of near-duplicates, the largest group first, in each the photograph with the most pixels first."""
+        gallery = self.gallery()
+        if where:
+            gallery = gallery.part(gallery.places(self.store.numbers(where)))
+        groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
+        found = [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
+        return [sorted(group, key=pixels, reverse=True) for group in found]
+
+    def reembed(self, model: str | Path | Embedder | None = None, progress: bool = True) -> Summary:
+        """Change over to another model; None: the one that comes with clipmatch.
+
+        Until every photograph has its new vector the index answers with the old ones; interrupted, the next call goes
+        on. Photographs whose files are gone or damaged leave the index, as failures say.
+        """
+        embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
+        with self.store.writer():
+            summary = reembed(self.store, embedder, name_of(embedder), progress)
+        self._embedder = embedder
+        return summary
+
+    def gallery(self) -> Gallery:
+        """What is searched, as it is now."""
+        return open_gallery(self.store, self.calibration)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How sure the model's matches are, if that is known."""
+        return getattr(self.embedder, "calibration", None)
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file name looks like a visible picture."""
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+def pixels(photo: Photo) -> int:
+    """How many a photograph has."""
+    return photo.metadata.width * photo.metadata.height
 
 
-def embed_remembered(embedder: Embedder, paths: Sequence[Path], progress: bool = True) -> ImageEmbeddings:
-    """Paths -> unit rows [n, d] in the order of `paths`; files seen before cost one `stat` each."""
-    with open_store() as store:
-        stamps = {path: stamp_of(path) for path in paths}
-        known = recall(store, embedder.fingerprint, stamps)
-        new = [path for path in paths if path not in known]
-        failures: list[Failure] = []
-        with tqdm(total=len(new), desc="images", unit="img", disable=not progress or len(new) < CHUNK) as bar:
-            for start in range(0, len(new), CHUNK):
-                chunk = new[start : start + CHUNK]
-                done = embedder.embed_images(chunk, progress=progress and len(new) < CHUNK)
-                failures += done.failures
-                fresh = dict(zip(done.paths, done.rows, strict=True))
-                remember(store, embedder.fingerprint, stamps, fresh)
-                known.update(fresh)
-                bar.update(len(chunk))
-    good = [path for path in paths if path in known]
-    rows = np.stack([known[path] for path in good]) if good else np.zeros((0, embedder.dim), np.float32)
-    return ImageEmbeddings(rows, good, failures)
-
-
-def stamp_of(path: Path) -> tuple[int, int]:
-    """(size, modification time in ns); (-1, -1) for a file that can't be looked at."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return (-1, -1)
-    return (status.st_size, status.st_mtime_ns)
-
-
-def store_path() -> Path:
-    """CLIPMATCH_CACHE/vectors.sqlite, or the same in the system's place for caches."""
-    return cache_folder() / "vectors.sqlite"
+def name_of(embedder: Embedder) -> ModelName:
+    """How to find a model again."""
+    name = getattr(embedder, "name", None)
+    return ModelName(embedder.fingerprint, embedder.dim, name)
 
 
 @contextmanager
-def open_store() -> Iterator[sqlite3.Connection]:
-    """The store, made if need be. Raises ClipmatchError when it can't be used or comes from a newer version."""
-    path = store_path()
-    mend = "delete it, or set CLIPMATCH_CACHE to another folder."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClipmatchError(f"The cache folder {path.parent} can't be made ({error.strerror}); {mend}") from error
-    try:
-        with closing(sqlite3.connect(path, timeout=30)) as store:
-            prepare(store, path)
-            yield store
-    except sqlite3.Error as error:
-        raise ClipmatchError(f"The vector cache {path} can't be used ({error}); {mend}") from error
+def open_folders(
+    images: str | Path | Sequence[str | Path], model: str | Path | Embedder | None = None, progress: bool = True
+) -> Iterator[tuple[Index, Summary]]:
+    """An index in the cache folder, one for each model, brought up to date with some folders or files only.
+
+    What lies in other folders is in it too: search it with `Filter(folders=...)`. Raises ClipmatchError when a folder
+    does not exist, or nothing in them can be searched.
+    """
+    listed = [images] if isinstance(images, str | Path) else list(images)
+    if not listed:
+        raise ClipmatchError("The list of images is empty; name at least one.")
+    embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
+    path = cache_folder() / "indexes" / f"{embedder.fingerprint}.sqlite"
+    with Index.open(path, embedder) as index:
+        with index.store.writer():
+            if index.store.model is None:
+                index.store.bind(name_of(embedder))
+            summary = update(index.store, embedder, [Root(absolute(folder)) for folder in listed], progress)
+        if not len(index.store.numbers(Filter(folders=tuple(map(absolute, listed))))):
+            raise nothing_to_search(Path(listed[0]), summary)
+        yield index, summary
 
 
-def prepare(store: sqlite3.Connection, path: Path) -> None:
-    """Check the version, make the table."""
-    store.execute("PRAGMA journal_mode=WAL")
-    if store.execute("PRAGMA user_version").fetchone()[0] > SCHEMA:
-        raise ClipmatchError(f"The vector cache {path} is from a newer clipmatch; upgrade, or delete that file.")
-    store.execute(
-        "CREATE TABLE IF NOT EXISTS vectors (model TEXT, path TEXT, size INTEGER, mtime INTEGER, row BLOB,"
-        " PRIMARY KEY (model, path)) WITHOUT ROWID"
-    )
-    store.execute(f"PRAGMA user_version={SCHEMA}")
+def find_matches(
+    query: str | Path | Sequence[str | Path],
+    model: Embedder | str | Path | None = None,
+    images: str | Path | Sequence[str | Path] = ".",
+    top_k: int = 9,
+    progress: bool = True,
+    min_confidence: float | None = None,
+) -> Matches:
+    """The `top_k` images of a folder that match a query best: by confidence if the model is calibrated, else by cosine.
 
-
-def key_of(path: Path) -> str:
-    """The absolute path as text that SQLite can hold, whatever bytes the name has."""
-    return os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
-
-
-def recall(
-    store: sqlite3.Connection, model: str, stamps: dict[Path, tuple[int, int]]
-) -> dict[Path, NDArray[np.float32]]:
-    """The vectors of those files that have not changed since."""
-    known = {}
-    for path, (size, mtime) in stamps.items():
-        found = store.execute(
-            "SELECT row FROM vectors WHERE model=? AND path=? AND size=? AND mtime=?",
-            (model, key_of(path), size, mtime),
-        ).fetchone()
-        if found:
-            known[path] = np.frombuffer(found[0], np.float32)
-    return known
-
-
-def remember(
-    store: sqlite3.Connection,
-    model: str,
-    stamps: dict[Path, tuple[int, int]],
-    fresh: dict[Path, NDArray[np.float32]],
-) -> None:
-    """Store vectors, in one transaction."""
-    with store:
-        store.executemany(
-            "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?)",
-            [(model, key_of(path), *stamps[path], row.astype(np.float32).tobytes()) for path, row in fresh.items()],
+    model: a loaded model, or the name of one as for `load_model`; None: the one that comes with clipmatch. images: a
+    folder (searched with its subfolders) or a list of files and folders. Each image is embedded once and remembered,
+    in an index in the cache folder; a bad one is left out and listed in the result's `failures`. min_confidence: leave
+    out those that are less probable than this; the result may be empty.
+    Raises ClipmatchError when the query is empty, a folder does not exist or has no pictures, none of them can be read,
+    or confidence is asked of a model that was never evaluated.
+    """
+    asked = parse_query(query)
+    request = Request(top_k=top_k, min_confidence=min_confidence, duplicates="show")
+    listed = [images] if isinstance(images, str | Path) else list(images)
+    embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
+    need_calibration(getattr(embedder, "calibration", None), asked, request)
+    with open_folders(listed, embedder, progress) as (index, summary):
+        where = Filter(folders=tuple(absolute(folder) for folder in listed))
+        matches = search(
+            index.store, index.gallery(), embedder, index.calibration, asked, replace(request, where=where)
         )
+    matches.failures = summary.failures
+    return spoken(matches, {absolute(folder): Path(folder) for folder in listed})
+
+
+def absolute(path: str | Path) -> Path:
+    """A path as the index keeps it; a link stays a link."""
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - which `resolve` would follow
+
+
+def spoken(matches: Matches, names: dict[Path, Path]) -> Matches:
+    """Matches with the paths as the caller wrote their folders, for a relative path is shorter."""
+
+    def rename(match: Match) -> Match:
+        for root, name in names.items():
+            if match.path.is_relative_to(root):
+                return replace(match, path=name.expanduser() / match.path.relative_to(root))
+        return match
+
+    matches[:] = [rename(match) for match in matches]
+    matches.best = rename(matches.best) if matches.best else None
+    return matches
+
+
+def nothing_to_search(place: Path, summary: Summary) -> ClipmatchError:
+    """The sentence for a folder without pictures, or with none that can be read."""
+    if not summary.failures:
+        return ClipmatchError(f"The folder {place} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+    first = summary.failures[0]
+    return ClipmatchError(f"None of the {len(summary.failures)} images can be read; the first: {first.reason}.")

@@ -11,17 +11,20 @@ import hashlib
 import math
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from PIL import ExifTags, Image, ImageEnhance
+from PIL import Image, ImageEnhance
 
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
+from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
+from clipmatch.metadata import Metadata, orientation_of, read_metadata
 
 MAX_PIXELS = 200_000_000  # 600 MB as RGB; more is a mistake or an attack
 
@@ -62,16 +65,40 @@ def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
     """Image file -> RGB image, upright, transparency on white, first frame of an animation.
 
     With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster;
-    neither side then falls below `min_size`. Whatever is wrong with the file, the one exception is `ImageError`.
+    neither side then falls below `min_size`. Of a RAW file it is the embedded preview. Whatever is wrong with the file,
+    the one exception is `ImageError`.
     """
-    path = Path(path)
+    with opened(Path(path)) as image:
+        return decoded(image, min_size)
+
+
+def open_photo(path: str | Path, min_size: int | None = None) -> tuple[Image.Image, Metadata]:
+    """`load_image` and `read_header` of a file that is opened once. Raises ImageError."""
+    with opened(Path(path)) as image:
+        metadata = read_metadata(Path(path), image)  # first: a reduced picture has lost its size
+        return decoded(image, min_size), metadata
+
+
+def read_header(path: str | Path) -> Metadata:
+    """What an image file says about its picture, which is decoded only if need be (PNG). Raises ImageError."""
+    with opened(Path(path)) as image:
+        return read_metadata(Path(path), image)
+
+
+def decoded(image: Image.Image, min_size: int | None) -> Image.Image:
+    """An opened image -> RGB, as `load_image` describes."""
+    if min_size:
+        image.draft(None, (min_size, min_size))  # mode None: a CMYK file drafted to RGB comes out wrong
+    return to_rgb(image)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file of which the header has been read. Whatever goes wrong with it inside, it is an `ImageError`."""
     try:
         check_file(path)
         with path.open("rb") as file:
-            image = open_image(path, file)
-            if min_size:
-                image.draft(None, (min_size, min_size))  # mode None: a CMYK file drafted to RGB comes out wrong
-            return to_rgb(image)
+            yield open_image(path, file)
     except ImageError:
         raise
     except Exception as error:  # decoders raise about a dozen unrelated kinds on damaged files
@@ -90,7 +117,19 @@ def check_file(path: Path) -> None:
 
 
 def open_image(path: Path, file: IO[bytes]) -> Image.Image:
-    """Read the header as `Image.open` does, but hold it to `MAX_PIXELS`.
+    """Read the header of an image file, and hold it to `MAX_PIXELS`.
+
+    RAW files are told by their names: Pillow would take most of them for the TIFF file of their thumbnail.
+    """
+    image = open_raw(file) if path.suffix.lower() in RAW_SUFFIXES else open_by_content(path, file)
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise ImageError(path, f"{size} are more than the limit of {MAX_PIXELS // 1_000_000} million")
+    return image
+
+
+def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
+    """As `Image.open`, for HEIC too.
 
     `Image.open` has a limit of its own, with a warning at half of it. Neither can be turned off for this call alone:
     both the limit and Python's warning filters belong to the whole process with all its threads.
@@ -113,10 +152,9 @@ def open_image(path: Path, file: IO[bytes]) -> Image.Image:
             if accept is not None:
                 reason = f"it is a damaged or unsupported {name} file ({reason_of(error)})"
             continue
-        if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width} x {image.height} pixels"
-            raise ImageError(path, f"{size} are more than the limit of {MAX_PIXELS // 1_000_000} million")
         return image
+    if is_heif(prefix):  # after Pillow's: AVIF files can begin in the same way
+        return open_heif(file)
     raise ImageError(path, reason)
 
 
@@ -150,14 +188,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.transpose(UPRIGHT[orientation])
         image.info = {}  # the copied EXIF data would turn it a second time
     return image
-
-
-def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) if there is none or its data are damaged: the picture itself may be sound."""
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        return 1
 
 
 def eight_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:

@@ -35,7 +35,7 @@ ANSWERS = 5  # pictures shown for a query
 INK = "#1f2430"  # of axes and words; becomes the reader's text colour inside a page, so that it suits light and dark
 BLUE, AMBER, GREEN, GREY = "#3f83d8", "#d9822b", "#3a9d6b", "#8a909c"  # mid-tones: legible on white and on black
 DIRECTIONS = {"text_to_image": "Text → image", "image_to_text": "Image → text"}
-NEEDS_EXTRA = 'Reports and plots need Matplotlib and Jinja2; install them with: pip install "clipmatch[train]"'
+NEEDS_EXTRA = 'Reports and plots need Matplotlib; install it with: pip install "clipmatch[train]"'
 
 
 # Figures
@@ -191,14 +191,14 @@ def write_evaluation_card(
     evaluation: Evaluation, path: str | Path, title: str = "Evaluation", history: History | None = None
 ) -> Path:
     """Write the figures, plots, best and worst queries and failures as one HTML file; returns its path."""
-    page = _render(
+    page = render_page(
         "card.html.j2",
         title=title,
         **_measured(evaluation, history),
         worst=[_query(evaluation, text) for text in _extremes(evaluation, best=False)],
         best=[_query(evaluation, text) for text in _extremes(evaluation, best=True)],
     )
-    return _write(Path(path), page)
+    return write_page(Path(path), page)
 
 
 def write_demo_report(
@@ -209,22 +209,24 @@ def write_demo_report(
     facts: Mapping[str, str],
 ) -> Path:
     """Write one run as one HTML file: facts, curves, recall, and the pictures found for a few queries."""
-    page = _render(
+    page = render_page(
         "demo.html.j2",
         title="clipmatch demo --train",
         **_measured(evaluation, history),
         results=[_found(query, matches) for query, matches in results],
         run=dict(facts),
     )
-    return _write(Path(path), page)
+    return write_page(Path(path), page)
 
 
 def write_search_page(
     results: Sequence[tuple[str, Sequence[Match]]], path: str | Path, facts: Mapping[str, str]
 ) -> Path:
-    """Write the pictures found for a few queries, and facts about the search, as one HTML file; needs Jinja2 alone."""
+    """Write the pictures found for a few queries, and facts about the search, as one HTML file; needs no Matplotlib."""
     found = [_found(query, matches) for query, matches in results]
-    return _write(Path(path), _render("search.html.j2", title="clipmatch demo", results=found, facts=dict(facts)))
+    return write_page(
+        Path(path), render_page("search.html.j2", title="clipmatch demo", results=found, facts=dict(facts))
+    )
 
 
 def _measured(evaluation: Evaluation, history: History | None) -> dict[str, Any]:
@@ -263,10 +265,10 @@ def _direction(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found(query: str, matches: Sequence[Match]) -> dict[str, Any]:
     """A query with the pictures that a search found for it; which of them is right is not known."""
-    return {"caption": query, "rank": None, "own": None, "answers": [_tile(m.path, _score(m)) for m in matches]}
+    return {"caption": query, "rank": None, "own": None, "answers": [_tile(m.path, score_text(m)) for m in matches]}
 
 
-def _score(match: Match) -> str:
+def score_text(match: Match) -> str:
     """The score, and the confidence if the model is calibrated."""
     return f"{match.score:.3f}" if match.confidence is None else f"{match.score:.3f}, conf {match.confidence:.2f}"
 
@@ -297,10 +299,14 @@ def _query(evaluation: Evaluation, text: int) -> dict[str, Any]:
 
 
 def _tile(path: Path, score: str, right: bool = False) -> dict[str, Any]:
+    return {"name": Path(path).name, "uri": data_uri(_thumbnail(path)), "score": score, "right": bool(right)}
+
+
+def data_uri(image: Image) -> str:
+    """A picture as a JPEG file that lies inside a page."""
     buffer = io.BytesIO()
-    _thumbnail(path).save(buffer, "JPEG", quality=82)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"name": Path(path).name, "uri": f"data:image/jpeg;base64,{data}", "score": score, "right": bool(right)}
+    image.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _svg(figure: Figure) -> str:
@@ -315,11 +321,10 @@ def _svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
-def _render(template: str, **values: Any) -> str:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise ClipmatchError(NEEDS_EXTRA) from error
+def render_page(template: str, **values: Any) -> str:
+    """A template of this package, filled in; whatever is put in is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -330,17 +335,15 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _write(path: Path, page: str) -> Path:
-    """Write all of the page or none of it."""
+def write_page(path: Path, page: str) -> Path:
+    """Write all of the page or none of it; stray bytes of a name, which are no UTF-8, as backslash escapes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except OSError as error:
-        raise ClipmatchError(
-            f"The report can't be written to {path}: {error.strerror}; choose another place."
-        ) from error
+        raise ClipmatchError(f"The page can't be written to {path}: {error.strerror}; choose another place.") from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -1,47 +1,74 @@
-"""A query -> the photographs that match it, best first.
+"""A query against a gallery -> the photographs that match it, best first.
 
-In: a sentence, a model, a folder of images. Out: `Match` rows, which draw themselves as a grid in a notebook. Knows
-nothing of training.
+In: a `Gallery` with its store, a `Query`, a model. Out: `Match` rows, which draw themselves as a grid in a notebook.
+Knows nothing of folders on disk or of training. Shapes: n photographs, d numbers a row, t terms of the query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from clipmatch.embedder import Embedder, Failure, load_model
+from clipmatch.calibration import Calibration
+from clipmatch.duplicates import stack_places
+from clipmatch.embedder import Embedder, Failure
 from clipmatch.errors import ClipmatchError
-from clipmatch.index import embed_remembered, list_images
+from clipmatch.exclusion import shows
+from clipmatch.query import Query
+from clipmatch.store import Filter, Photo, Store
+from clipmatch.vectors import Gallery
+
+Stacking: TypeAlias = Literal["show", "stack", "hide"]
+
+FUSION = 60  # constant of reciprocal rank fusion
+WORDS = 1000  # photographs that the words of names and captions contribute at most
+POOL = 10  # candidates for each match that is shown, where they are compared with each other
+RELEVANCE = 0.5  # weight of relevance against novelty
 
 
 @dataclass(frozen=True)
 class Match:
-    """A photograph and the cosine, in -1..1, of its embedding with the query's.
+    """A photograph that matches.
 
-    confidence: the probability, in 0..1, that it is what the query describes; None if the model is not calibrated.
+    score: the cosine, in -1..1, of its embedding with the query's; for a query of sentences and examples together the
+    weighted mean of their standardised cosines. confidence: the probability, in 0..1, that it is what the query
+    describes; None if the model is not calibrated, or the query has an example. photo: what the index knows of it.
+    duplicates: near-duplicates that are stacked below it.
     """
 
     path: Path
     score: float
     confidence: float | None = None
+    photo: Photo | None = None
+    duplicates: tuple[Path, ...] = ()
 
 
 class Matches(list[Match]):
     """Matches, best first. In a notebook they show as a grid of pictures.
 
     failures: images that could not be read. best: the best match, also if its confidence was too low to be listed.
+    searched: photographs that passed the filter. vetoed: how many of them show what was excluded.
     """
 
     def __init__(
-        self, query: str, matches: Sequence[Match], failures: Sequence[Failure] = (), best: Match | None = None
+        self,
+        query: str,
+        matches: Sequence[Match],
+        failures: Sequence[Failure] = (),
+        best: Match | None = None,
+        searched: int = 0,
+        vetoed: int = 0,
     ):
         super().__init__(matches)
         self.query = query
         self.failures = list(failures)
         self.best = best or (matches[0] if matches else None)
+        self.searched, self.vetoed = searched, vetoed
 
     def _repr_png_(self) -> bytes | None:
         import io
@@ -55,48 +82,163 @@ class Matches(list[Match]):
         return buffer.getvalue()
 
 
-def find_matches(
-    query: str,
-    model: Embedder | str | Path | None = None,
-    images: str | Path | Sequence[str | Path] = ".",
-    top_k: int = 9,
-    progress: bool = True,
-    min_confidence: float | None = None,
-) -> Matches:
-    """The `top_k` images that match a sentence best: by confidence if the model is calibrated, else by cosine.
+@dataclass(frozen=True)
+class Request:
+    """How to search.
 
-    Confidence allows for images that are near to every sentence, so it is the better order (benchmarks/confidence.py).
-
-    model: a loaded model, or the name of one as for `load_model`; None: the one that comes with clipmatch. images: a
-    folder (searched with its subfolders) or a list of files. Each image is embedded once and remembered; a bad one is
-    left out and listed in the result's `failures`. min_confidence: leave out those that are less probable than this;
-    the result may be empty.
-    Raises ClipmatchError when the query is empty, the folder has no pictures, none of them can be read, or confidence
-    is asked of a model that was never evaluated.
+    exclude: what must not be shown. where: which photographs take part. top_k, page: how many, from which on; page 1 is
+    the first. min_confidence: leave out what is less probable. hybrid: words of names and captions take part.
+    diverse: prefer matches that differ from each other. duplicates: show each, stack them below the best, or hide them.
     """
-    if not query.strip():
-        raise ClipmatchError("The query is empty; type what the photograph shows.")
-    if top_k < 1:
-        raise ClipmatchError(f"top_k is {top_k}; ask for at least one match.")
-    paths = list_images(images) if isinstance(images, str | Path) else [Path(path) for path in images]
-    if not paths:
-        raise ClipmatchError("The list of images is empty; name at least one.")
-    embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
-    calibration = getattr(embedder, "calibration", None)
-    if calibration is None and min_confidence is not None:
+
+    exclude: tuple[str, ...] = ()
+    where: Filter = field(default_factory=Filter)
+    top_k: int = 9
+    page: int = 1
+    min_confidence: float | None = None
+    hybrid: bool = False
+    diverse: bool = False
+    duplicates: Stacking = "stack"
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1 or self.page < 1:
+            name = "top_k" if self.top_k < 1 else "page"
+            raise ClipmatchError(f"{name} is {getattr(self, name)}; it starts at 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores [n] and, for a calibrated model and a query of sentences, confidences [n] of a gallery."""
+
+    scores: NDArray[np.float32]
+    confidences: NDArray[np.float64] | None
+
+    def order(self) -> NDArray[np.int64]:
+        """Places, best first: confidence allows for photographs that are near to every sentence."""
+        if self.confidences is None:
+            return np.argsort(-self.scores, kind="stable")
+        return np.lexsort((-self.scores, -self.confidences))
+
+
+def search(
+    store: Store, gallery: Gallery, embedder: Embedder, calibration: Calibration | None, query: Query, request: Request
+) -> Matches:
+    """The photographs of an index that match a query best.
+
+    Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
+    """
+    need_calibration(calibration, query, request)
+    if request.where:
+        gallery = gallery.part(gallery.places(store.numbers(request.where)))
+    if not len(gallery):
+        return Matches(str(query), [])
+    ranking = rank(gallery, query.vectors(embedder), query, calibration)
+    order = ranking.order()
+    allowed = permitted(gallery, embedder, calibration, request.exclude)
+    order = order[allowed[order]]
+    best = match_of(store, gallery, ranking, order[:1]) if len(order) else None
+    if request.min_confidence is not None and ranking.confidences is not None:
+        order = order[ranking.confidences[order] >= request.min_confidence]
+    if request.hybrid and query.text:
+        named = gallery.places(np.array(store.named(query.text, WORDS), np.int64))
+        order = fuse(order, named[allowed[named]])
+    found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
+    vetoed = int(np.count_nonzero(~allowed))
+    return Matches(str(query), found, best=best, searched=len(gallery), vetoed=vetoed)
+
+
+def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
+    """Raise ClipmatchError for what an uncalibrated model, or a query with examples, can't give."""
+    wanted = "confidence" if request.min_confidence is not None else "what a photograph does not show"
+    if calibration is None and (request.min_confidence is not None or request.exclude):
         raise ClipmatchError(
-            "This model is not calibrated, so it knows no confidence; run clipmatch evaluate with it once, on "
+            f"This model is not calibrated, so it knows nothing of {wanted}; run clipmatch evaluate with it once, on "
             "captioned pictures that it was not trained on."
         )
-    gallery = embed_remembered(embedder, paths, progress)
-    if not gallery.paths:
-        raise ClipmatchError(f"None of the {len(paths)} images can be read; the first: {gallery.failures[0].reason}.")
-    row = embedder.embed_texts([query])[0]
-    scores = gallery.rows @ row  # [n]
-    chances = calibration.probabilities(row, gallery.rows) if calibration else None
-    order = np.argsort(-scores, kind="stable") if chances is None else np.lexsort((-scores, -chances))
-    found = [
-        Match(gallery.paths[i], float(scores[i]), None if chances is None else float(chances[i])) for i in order[:top_k]
-    ]
-    sure = [match for match in found if min_confidence is None or (match.confidence or 0.0) >= min_confidence]
-    return Matches(query, sure, gallery.failures, found[0])
+    if request.min_confidence is not None and not query.is_text:
+        raise ClipmatchError("Confidence is known for sentences only; leave out --min-confidence or the example.")
+
+
+def rank(gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None) -> Ranking:
+    """Terms' unit rows [t, d] -> how well each photograph matches.
+
+    Sentences, or examples, are added up as vectors. Cosines of a sentence are of another size than those of an
+    example, so where both occur each term's are standardised over the gallery first.
+    """
+    weights = np.array([term.weight for term in query.terms], np.float32)
+    if len({term.image is None for term in query.terms}) > 1:
+        cosines = gallery.rows @ rows.T  # [n, t]
+        spread = np.maximum(cosines.std(axis=0), 1e-6)
+        return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
+    row = weights @ rows
+    row /= max(float(np.linalg.norm(row)), 1e-6)
+    calibrated = calibration if query.is_text else None
+    confidences = calibrated.probabilities(row, gallery.rows, gallery.background) if calibrated else None
+    return Ranking(gallery.rows @ row, confidences)
+
+
+def permitted(
+    gallery: Gallery, embedder: Embedder, calibration: Calibration | None, exclude: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Which photographs [n] show nothing of what is excluded."""
+    allowed = np.ones(len(gallery), bool)
+    if exclude and calibration:
+        for shown in shows(embedder, calibration, gallery.rows, exclude):
+            allowed &= ~shown
+    return allowed
+
+
+def fuse(*orders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Several orders of places -> one, by reciprocal ranks (Cormack et al., SIGIR 2009)."""
+    points: dict[int, float] = {}
+    for order in orders:
+        for rank, place in enumerate(order.tolist(), 1):
+            points[place] = points.get(place, 0.0) + 1 / (FUSION + rank)
+    return np.array(sorted(points, key=lambda place: -points[place]), np.int64)
+
+
+def arrange(store: Store, gallery: Gallery, order: NDArray[np.int64], request: Request) -> list[NDArray[np.int64]]:
+    """Places, best first -> those of the page that is asked for, each with the near-duplicates below it."""
+    most = request.page * request.top_k
+    if request.duplicates == "show" and not request.diverse:
+        return [order[at : at + 1] for at in range(most - request.top_k, min(most, len(order)))]
+    pool = order[: most * POOL]
+    if request.diverse:
+        pool = diversify(pool, gallery.rows[pool], most)
+    if request.duplicates == "show":
+        stacks = [pool[at : at + 1] for at in range(len(pool))]
+    else:
+        stacks = stack_places(pool, gallery.rows[pool], store.hashes(gallery.numbers[pool]), most)
+    if request.duplicates == "hide":
+        stacks = [stack[:1] for stack in stacks]
+    return stacks[most - request.top_k : most]
+
+
+def diversify(pool: NDArray[np.int64], rows: NDArray[np.float32], most: int) -> NDArray[np.int64]:
+    """Places, best first, and their rows [p, d] -> `most` of them that also differ from each other.
+
+    Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998). Relevance falls evenly with the rank, for cosines
+    with a sentence and among photographs are of different sizes; likeness is measured from the pool's mean to 1.
+    """
+    relevance = 1 - np.arange(len(pool)) / max(len(pool), 1)
+    alike = rows @ rows.T  # [p, p]
+    floor = float(alike.mean())
+    novelty = np.ones(len(pool))
+    left = np.ones(len(pool), bool)
+    chosen: list[int] = []
+    while left.any() and len(chosen) < most:
+        value = np.where(left, RELEVANCE * relevance + (1 - RELEVANCE) * novelty, -np.inf)
+        best = int(np.argmax(value))
+        left[best] = False
+        chosen.append(best)
+        novelty = np.minimum(novelty, 1 - np.clip((alike[best] - floor) / max(1 - floor, 1e-6), 0, 1))
+    return pool[chosen]
+
+
+def match_of(store: Store, gallery: Gallery, ranking: Ranking, stack: Iterable[int]) -> Match:
+    """Places of a stack, best first -> its match."""
+    place, *below = (int(at) for at in stack)
+    photo = store.photo(int(gallery.numbers[place]))
+    confidence = None if ranking.confidences is None else float(ranking.confidences[place])
+    others = tuple(store.photo(int(gallery.numbers[other])).path for other in below)
+    return Match(photo.path, float(ranking.scores[place]), confidence, photo, others)

@@ -1,0 +1,108 @@
+"""What a person asks for -> terms: sentences and example pictures, each with its weight.
+
+In: the words of a command line, or a string. Out: a `Query`, and its terms' vectors. Knows nothing of indexes.
+
+    "two dogs in the snow"          a sentence
+    photo.jpg                       an example: photographs like this one
+    "at night" photo.jpg            both at once
+    "dog:2" "snow"                  weights; 1 if not given
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmatch.crawl import is_image_name
+from clipmatch.embedder import Embedder
+from clipmatch.errors import ClipmatchError
+
+WEIGHT = re.compile(r"(?P<what>.*\S)\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A sentence, or a picture file that shows what is meant; weight > 0."""
+
+    text: str = ""
+    image: Path | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return str(self.image) if self.image else self.text
+
+
+@dataclass(frozen=True)
+class Query:
+    """Terms that all should hold."""
+
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(str(term) for term in self.terms)
+
+    @property
+    def text(self) -> str:
+        """The sentences alone."""
+        return " ".join(term.text for term in self.terms if not term.image)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every term is a sentence."""
+        return not any(term.image for term in self.terms)
+
+    def vectors(self, embedder: Embedder) -> NDArray[np.float32]:
+        """Unit rows [t, d] of the terms. Raises ClipmatchError when an example can't be read."""
+        texts = [term.text for term in self.terms if not term.image]
+        images = [term.image for term in self.terms if term.image]
+        found = embedder.embed_images(images, progress=False) if images else None
+        if found and found.failures:
+            raise ClipmatchError(f"The example {found.failures[0].path} can't be read: {found.failures[0].reason}.")
+        rows = {"text": iter(embedder.embed_texts(texts) if texts else ()), "image": iter(found.rows if found else ())}
+        return np.stack([next(rows["image" if term.image else "text"]) for term in self.terms])
+
+
+def parse_query(parts: str | Path | Sequence[str | Path]) -> Query:
+    """Strings and paths -> a query.
+
+    A `Path`, and a string that names a picture file which exists, is an example; a lone "+" between terms is for the
+    eye. Raises ClipmatchError when nothing is asked, or an example does not exist.
+    """
+    listed = [parts] if isinstance(parts, str | Path) else list(parts)
+    terms = [parse_term(part) for part in listed if isinstance(part, Path) or part.strip() not in ("", "+")]
+    if not terms:
+        raise ClipmatchError("The query is empty; type what the photograph shows.")
+    return Query(tuple(terms))
+
+
+def parse_term(part: str | Path) -> Term:
+    """One string or path -> a term."""
+    if isinstance(part, Path):
+        return example(part, 1.0)
+    what, weight = part.strip(), 1.0
+    if not is_picture(what) and (match := WEIGHT.fullmatch(what)):
+        what, weight = match["what"].strip(), float(match["weight"])
+        if not weight:
+            raise ClipmatchError(f"The weight of {what!r} is 0; leave it out, or exclude it with --not.")
+    return example(Path(what), weight) if is_picture(what) else Term(what, None, weight)
+
+
+def example(path: Path, weight: float) -> Term:
+    """A picture file as a term."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise ClipmatchError(f"The example {path} does not exist; check its name.")
+    return Term("", path, weight)
+
+
+def is_picture(text: str) -> bool:
+    """Whether a string names a picture file that exists."""
+    try:
+        return is_image_name(Path(text).name) and Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # a sentence can be too long for a name; "~nobody/x.jpg"
+        return False

@@ -1,0 +1,499 @@
+"""The truth of a photo index: one SQLite file with a row for each photograph and a vector for each content.
+
+In: photographs with their vectors; paths that are gone; a `Filter`. Out: photographs, their vectors, the words of their
+names and captions. Knows nothing of models, of folders on disk, or of ranking. Shapes: n photographs, d numbers a row.
+
+SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
+belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
+the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from clipmatch.crawl import Stamp
+from clipmatch.embedder import Failure
+from clipmatch.errors import ClipmatchError
+from clipmatch.metadata import Metadata
+
+# Each entry takes a file from the version of its place to the next; a released one is never edited.
+UPGRADES = (
+    """
+    CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+    CREATE TABLE roots (path BLOB PRIMARY KEY, exclude TEXT, follow_links INTEGER) WITHOUT ROWID;
+    CREATE TABLE photos (
+        id INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, name TEXT, digest BLOB NOT NULL,
+        size INTEGER, mtime INTEGER, sidecar INTEGER, width INTEGER, height INTEGER, taken TEXT,
+        latitude REAL, longitude REAL, camera TEXT, caption TEXT, picture_hash INTEGER
+    );
+    CREATE INDEX photos_by_content ON photos (digest);
+    CREATE TABLE vectors (model TEXT NOT NULL, digest BLOB NOT NULL, row BLOB NOT NULL);
+    CREATE UNIQUE INDEX vectors_by_content ON vectors (model, digest);
+    CREATE TABLE failures (
+        path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, sidecar INTEGER, reason TEXT
+    ) WITHOUT ROWID;
+    CREATE VIRTUAL TABLE words USING fts5 (
+        name, caption, content='photos', content_rowid='id', tokenize='unicode61 remove_diacritics 2'
+    );
+    CREATE TRIGGER words_added AFTER INSERT ON photos BEGIN
+        INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
+    END;
+    CREATE TRIGGER words_removed AFTER DELETE ON photos BEGIN
+        INSERT INTO words (words, rowid, name, caption) VALUES ('delete', old.id, old.name, old.caption);
+    END;
+    CREATE TRIGGER words_changed AFTER UPDATE ON photos BEGIN
+        INSERT INTO words (words, rowid, name, caption) VALUES ('delete', old.id, old.name, old.caption);
+        INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
+    END;
+    """,
+)
+PATIENCE = 30  # seconds that a transaction waits for another process's
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What the index knows of one file.
+
+    digest: SHA-256 of its bytes, in hex. picture_hash: 64 bits, of which few differ between alike pictures.
+    """
+
+    path: Path
+    digest: str
+    stamp: Stamp
+    metadata: Metadata
+    picture_hash: int
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """The model that filled an index. name: how to load it, None for the one that comes with clipmatch."""
+
+    fingerprint: str
+    dim: int
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Root:
+    """A folder that the index keeps up with, and how it is walked."""
+
+    path: Path
+    exclude: tuple[str, ...] = ()
+    follow_links: bool = False
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which photographs take part. None and False: no matter.
+
+    folders: with their subfolders, absolute, or files; any of them. after, before: of the time in the EXIF data,
+    `before` itself left out. camera: a part of its name, in any case. min_side: pixels of the shorter side. box: south,
+    west, north, east in degrees; a box over the date line has its west east of its east.
+    """
+
+    folders: tuple[Path, ...] = ()
+    after: datetime | None = None
+    before: datetime | None = None
+    camera: str | None = None
+    min_side: int | None = None
+    has_caption: bool = False
+    box: tuple[float, float, float, float] | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field.name) not in (None, False, ()) for field in fields(self))
+
+    def sql(self) -> tuple[str, list[Any]]:
+        """A condition over `photos` that says all but the folders, and its values."""
+        parts: list[tuple[str, list[Any]]] = []
+        if self.after:
+            parts.append(("taken >= ?", [self.after.isoformat()]))
+        if self.before:
+            parts.append(("taken < ?", [self.before.isoformat()]))
+        if self.camera:
+            parts.append(("instr(lower(camera), lower(?))", [self.camera]))
+        if self.min_side:
+            parts.append(("min(width, height) >= ?", [self.min_side]))
+        if self.has_caption:
+            parts.append(("caption IS NOT NULL", []))
+        if self.box:
+            south, west, north, east = self.box
+            over = "longitude BETWEEN ? AND ?" if west <= east else "(longitude >= ? OR longitude <= ?)"
+            parts.append((f"latitude BETWEEN ? AND ? AND {over}", [south, north, west, east]))
+        return " AND ".join(text for text, _ in parts) or "1", [value for _, values in parts for value in values]
+
+
+def below(folder: Path) -> tuple[str, list[Any]]:
+    """The condition that a path is the folder's own or lies below it."""
+    start = os.fsencode(folder)
+    inside = start.rstrip(os.fsencode(os.sep)) + os.fsencode(os.sep)
+    return "(path = ? OR (path >= ? AND path < ?))", [start, inside, inside[:-1] + bytes([inside[-1] + 1])]
+
+
+class Store:
+    """One index file. `Store.open` makes or opens it; close it, or use it in a `with` statement."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection):
+        self.path = path
+        self._db = connection
+
+    @classmethod
+    def open(cls, path: str | Path, create: bool = False) -> Store:
+        """The store in a file, brought to today's version.
+
+        Raises ClipmatchError when there is none (unless `create`), it is damaged, or from a newer clipmatch.
+        """
+        path = Path(path).expanduser().absolute()
+        if not create and not path.is_file():
+            raise ClipmatchError(f"There is no index {path}; make it with: clipmatch index DIR")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
+        with reading_errors(path):
+            connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
+        store = cls(path, connection)
+        try:
+            with reading_errors(path):
+                store._upgrade()
+        except BaseException:
+            connection.close()
+            raise
+        return store
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    # Who writes
+
+    @contextmanager
+    def writer(self, wait: bool = True) -> Iterator[None]:
+        """For as long as an update lasts: one process at a time.
+
+        A second one waits, and says so; without `wait` it raises ClipmatchError. The lock goes with its process.
+        """
+        lock = FileLock(f"{self.path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise ClipmatchError(f"Another clipmatch is writing the index {self.path}; try again later.") from None
+            note(f"Another clipmatch is writing the index {self.path}; waiting for it.")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction: all of it is stored, or nothing. What is derived from the store is stale afterwards."""
+        with reading_errors(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._set("content", uuid.uuid4().hex)
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # What it is about
+
+    @property
+    def model(self) -> ModelName | None:
+        """The model that it is bound to; None while it is empty."""
+        value = self._get("model")
+        return ModelName(**json.loads(value)) if value else None
+
+    def bind(self, model: ModelName) -> None:
+        """Take the vectors of `model` from now on, and drop those of any other."""
+        with self.writing():
+            self._set("model", json.dumps(vars(model)))
+            self._db.execute("DELETE FROM vectors WHERE model != ?", (model.fingerprint,))
+            self._db.execute(
+                "DELETE FROM photos WHERE NOT EXISTS"
+                " (SELECT 1 FROM vectors v WHERE v.model = ? AND v.digest = photos.digest)",
+                (model.fingerprint,),
+            )
+
+    @property
+    def content(self) -> str:
+        """A token that every write changes; "" for an empty store."""
+        return self._get("content") or ""
+
+    def roots(self) -> list[Root]:
+        """The folders that it keeps up with."""
+        rows = self._db.execute("SELECT path, exclude, follow_links FROM roots ORDER BY path")
+        return [Root(Path(os.fsdecode(path)), tuple(json.loads(exclude)), bool(links)) for path, exclude, links in rows]
+
+    def add_root(self, root: Root) -> None:
+        """Remember a folder, or how it is walked from now on."""
+        with self.writing():
+            self._db.execute(
+                "INSERT OR REPLACE INTO roots VALUES (?, ?, ?)",
+                (os.fsencode(root.path), json.dumps(root.exclude), root.follow_links),
+            )
+
+    def remove_below(self, folder: Path) -> int:
+        """Forget a folder, what lies below it, and the folders kept up with there -> photographs forgotten."""
+        condition, values = below(folder)
+        with self.writing():
+            found = self._db.execute(f"SELECT path FROM photos WHERE {condition}", values).fetchall()
+            for table in ("photos", "failures", "roots"):
+                self._db.execute(f"DELETE FROM {table} WHERE {condition}", values)
+            self._db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM photos)")
+        return len(found)
+
+    # Photographs
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM photos").fetchone()[0])
+
+    def stamps(self, root: Path) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
+        """Below a folder: the stamps of its photographs, and stamps and reasons of files that could not be used."""
+        condition, values = below(root)
+        good = self._db.execute(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values)
+        known = {Path(os.fsdecode(path)): Stamp(*stamp) for path, *stamp in good}
+        bad = self._db.execute(f"SELECT path, size, mtime, sidecar, reason FROM failures WHERE {condition}", values)
+        return known, {Path(os.fsdecode(path)): (Stamp(*stamp), reason) for path, *stamp, reason in bad}
+
+    def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
+        """A photograph of each content that has one."""
+        found = {}
+        for digest in digests:
+            row = self._db.execute(
+                f"SELECT {COLUMNS} FROM photos WHERE digest = ?", (bytes.fromhex(digest),)
+            ).fetchone()
+            if row:
+                found[digest] = photo_of(row)
+        return found
+
+    def not_embedded(self, model: str) -> list[Photo]:
+        """A photograph of each content that has no vector by the model with that fingerprint."""
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM photos p WHERE NOT EXISTS"
+            " (SELECT 1 FROM vectors v WHERE v.model = ? AND v.digest = p.digest) GROUP BY digest ORDER BY id",
+            (model,),
+        )
+        return [photo_of(row) for row in rows.fetchall()]
+
+    def embedded(self, model: str, digests: Iterable[str]) -> set[str]:
+        """Those contents that have a vector by the model with that fingerprint."""
+        question = "SELECT 1 FROM vectors WHERE model = ? AND digest = ?"
+        return {digest for digest in digests if self._db.execute(question, (model, bytes.fromhex(digest))).fetchone()}
+
+    def upsert(
+        self,
+        photos: Sequence[Photo],
+        model: str,
+        rows: Mapping[str, NDArray[np.float32]],
+        failures: Mapping[Path, tuple[Stamp, str]],
+    ) -> None:
+        """Store photographs, vectors by content (of contents that are new), and files that could not be used."""
+        marks = ", ".join("?" * 14)
+        settings = ", ".join(f"{name} = excluded.{name}" for name in COLUMN_NAMES if name != "path")
+        with self.writing():
+            self._db.executemany(
+                f"INSERT INTO photos ({COLUMNS}) VALUES ({marks}) ON CONFLICT (path) DO UPDATE SET {settings}",
+                [row_of(photo) for photo in photos],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)",
+                [(model, bytes.fromhex(digest), row.astype("<f4").tobytes()) for digest, row in rows.items()],
+            )
+            self._db.executemany("DELETE FROM failures WHERE path = ?", [(os.fsencode(p.path),) for p in photos])
+            self._delete(failures)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?)",
+                [
+                    (os.fsencode(path), stamp.size, stamp.mtime, stamp.sidecar, reason)
+                    for path, (stamp, reason) in failures.items()
+                ],
+            )
+
+    def delete(self, paths: Iterable[Path]) -> None:
+        """Forget files, and vectors that no photograph has any more."""
+        with self.writing():
+            self._delete(paths)
+            self._db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM photos)")
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        keys = [(os.fsencode(path),) for path in paths]
+        self._db.executemany("DELETE FROM photos WHERE path = ?", keys)
+        self._db.executemany("DELETE FROM failures WHERE path = ?", keys)
+
+    def photos(self) -> Iterator[tuple[int, Photo]]:
+        """Each photograph, with its number, by rising number."""
+        for number, *row in self._db.execute(f"SELECT id, {COLUMNS} FROM photos ORDER BY id"):
+            yield number, photo_of(row)
+
+    def photo(self, number: int) -> Photo:
+        """The photograph with a number. Raises KeyError if it is gone."""
+        row = self._db.execute(f"SELECT {COLUMNS} FROM photos WHERE id = ?", (int(number),)).fetchone()
+        if row is None:
+            raise KeyError(number)
+        return photo_of(row)
+
+    def numbers(self, where: Filter) -> NDArray[np.int64]:
+        """The numbers of the photographs that pass, rising."""
+        condition, values = where.sql()
+        found: set[int] = set()
+        for place, places in [below(folder) for folder in where.folders] or [("1", [])]:
+            question = f"SELECT id FROM photos WHERE {place} AND {condition}"
+            found.update(number for (number,) in self._db.execute(question, places + values))
+        return np.array(sorted(found), np.int64)
+
+    def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The picture hashes [n] of photographs, by their numbers."""
+        question = "SELECT picture_hash FROM photos WHERE id = ?"
+        found = [self._db.execute(question, (number,)).fetchone() for number in numbers.tolist()]
+        return np.array([row[0] if row else 0 for row in found], np.int64).view(np.uint64)
+
+    def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
+        """The content token, and numbers [n] (rising) and unit rows [n, d] of all photographs, of one moment."""
+        model = self.model
+        with self._snapshot():
+            content, count = self.content, len(self)
+            numbers = np.empty(count, np.int64)
+            rows = np.empty((count, model.dim if model else 0), np.float32)
+            found = self._db.execute(
+                "SELECT p.id, v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest ORDER BY p.id",
+                (model.fingerprint if model else "",),
+            )
+            place = 0
+            for place, (number, row) in enumerate(found, 1):
+                numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
+        return content, numbers[:place], rows[:place]
+
+    def named(self, text: str, most: int) -> list[int]:
+        """The numbers of photographs whose name or caption has words of `text`, best first (BM25)."""
+        words = re.findall(r"\w+", text)
+        if not words:
+            return []
+        rows = self._db.execute(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?",
+            (" OR ".join(f'"{word}"' for word in words), most),
+        )
+        return [number for (number,) in rows]
+
+    def failures(self) -> list[Failure]:
+        """Files that could not be used."""
+        rows = self._db.execute("SELECT path, reason FROM failures ORDER BY path")
+        return [Failure(Path(os.fsdecode(path)), reason) for path, reason in rows]
+
+    # SQLite
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        with reading_errors(self.path):
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
+    def _get(self, name: str) -> str | None:
+        row = self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def _set(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _upgrade(self) -> None:
+        if self._version() > len(UPGRADES):
+            raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
+        if self._version() == len(UPGRADES):
+            return
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:  # not executescript, which would commit after each step
+            for step in UPGRADES[self._version() :]:
+                for statement in statements(step):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {len(UPGRADES)}")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+COLUMN_NAMES = (
+    "path", "name", "digest", "size", "mtime", "sidecar", "width", "height", "taken", "latitude", "longitude",
+    "camera", "caption", "picture_hash",
+)  # fmt: skip
+COLUMNS = ", ".join(COLUMN_NAMES)
+
+
+def row_of(photo: Photo) -> tuple[Any, ...]:
+    """A photograph -> the values of `COLUMNS`."""
+    data, stamp = photo.metadata, photo.stamp
+    taken = data.taken.isoformat() if data.taken else None
+    signed = photo.picture_hash - (1 << 64) if photo.picture_hash >> 63 else photo.picture_hash  # SQLite's are signed
+    name = os.fsencode(photo.path.name).decode("utf-8", "replace")
+    return (
+        os.fsencode(photo.path), name, bytes.fromhex(photo.digest), stamp.size, stamp.mtime, stamp.sidecar,
+        data.width, data.height, taken, data.latitude, data.longitude, data.camera, data.caption, signed,
+    )  # fmt: skip
+
+
+def photo_of(row: Sequence[Any]) -> Photo:
+    """The values of `COLUMNS` -> a photograph."""
+    path, _, digest, size, mtime, sidecar, width, height, taken, latitude, longitude, camera, caption, signed = row
+    moment = datetime.fromisoformat(taken) if taken else None
+    metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
+    return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script, triggers in one piece."""
+    text = ""
+    for line in script.splitlines(keepends=True):
+        text += line
+        if sqlite3.complete_statement(text):
+            yield text
+            text = ""
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """SQLite's errors, in one sentence."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
+    except sqlite3.DatabaseError as error:
+        raise ClipmatchError(
+            f"The index {path} is damaged ({error}); delete it and index the folders again."
+        ) from error
+
+
+def note(text: str) -> None:
+    """A sentence on stderr."""
+    import click
+
+    click.echo(text, err=True)
