@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 import pytest
 import tokenizers
 import torch
+from colours import paint
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 from clipmatch.checkpoint import Checkpoint, save_checkpoint
@@ -27,6 +28,17 @@ def own_cache(tmp_path, monkeypatch):
     """Each test has a cache of its own, and so do the programs that it starts."""
     monkeypatch.setenv("CLIPMATCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """red.png, sub/green.png, sub/blue.png, and an orange one that is a little green."""
+    folder = tmp_path / "photos"
+    paint(folder / "red.png", (255, 0, 0))
+    paint(folder / "orange.png", (255, 100, 0))
+    paint(folder / "sub" / "green.png", (0, 255, 0))
+    paint(folder / "sub" / "blue.png", (0, 0, 255))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from clipmatch.cli import main
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 
-COMMANDS = ("demo", "train", "evaluate", "find", "export", "models")
+COMMANDS = ("index", "find", "duplicates", "demo", "train", "evaluate", "export", "models")
 SLOW = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "jinja2", "numpy.testing")
 
 
@@ -56,7 +56,7 @@ def test_help_lists_the_commands_in_words():
 
 def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for _, command, *words in lines:
         known = {option for parameter in main.commands[command].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
@@ -395,7 +395,7 @@ def test_interrupting_ends_with_130(model_folder, scenes, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clipmatch.search.find_matches", interrupt)
+    monkeypatch.setattr("clipmatch.index.update", interrupt)
     result = run("find", "a star", "--model", model_folder, "--images", scenes, code=130)
     assert result.stderr == "Interrupted.\n"
 

@@ -25,17 +25,6 @@ from clipmatch.vectors import open_gallery
 
 
 @pytest.fixture
-def photos(tmp_path):
-    """red.png, sub/green.png, sub/blue.png, and an orange one that is a little green."""
-    folder = tmp_path / "photos"
-    paint(folder / "red.png", (255, 0, 0))
-    paint(folder / "orange.png", (255, 100, 0))
-    paint(folder / "sub" / "green.png", (0, 255, 0))
-    paint(folder / "sub" / "blue.png", (0, 0, 255))
-    return folder
-
-
-@pytest.fixture
 def model():
     return ColourEmbedder()
 

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from base64 import b64decode
 from datetime import datetime
 from html import unescape
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import ExifTags, Image
+from pseudoterminal import Terminal
 
 from clipmatch.crawl import Stamp
 from clipmatch.errors import ClipmatchError
@@ -212,19 +211,10 @@ print_thumbnails([Match(Path(path), 0.5) for path in sys.argv[1:]])
 
 
 def test_thumbnails_in_a_terminal(found, tmp_path):
-    pty = pytest.importorskip("pty", reason="needs the terminals of POSIX")
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     paths = [found[0].path, tmp_path / "bad.jpg", found[2].path]
-    ours, theirs = pty.openpty()
-    with os.fdopen(ours, "rb", buffering=0) as screen:
-        command = [sys.executable, "-c", SHOW, *map(str, paths)]
-        process = subprocess.Popen(command, stdout=theirs, env={**os.environ, "TERM": "xterm-kitty", "TMUX": ""})
-        os.close(theirs)
-        written = b""
-        while not written.endswith(b"\x1b\\\r\n") or written.count(b"m=0;") < 2:
-            written += screen.read(65536)
-        assert process.wait() == 0
-    text, *pictures = re.split(rb"(\x1b_G.*?m=0;.*?\x1b\\)", written.replace(b"\r\n", b"\n"), flags=re.DOTALL)
+    written = Terminal(TERM="xterm-kitty").run(SHOW, *paths)
+    text, *pictures = re.split(rb"(\x1b_G.*?m=0;.*?\x1b\\)", written, flags=re.DOTALL)
     assert text.decode() == f"rank  score  path\n   1  0.500  {paths[0]}\n"
     assert pictures[1].decode() == (
         f"\n   2  0.500  {paths[1]}\n      it is not an image in a known format\n   3  0.500  {paths[2]}\n"
@@ -273,9 +263,7 @@ def test_gallery_shows_what_is_known(found, tmp_path):
 def test_gallery_stands_alone(found, tmp_path):
     page = write_gallery(found, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
-    assert f"<h1>{HOSTILE.replace('<', '&lt;').replace('>', '&gt;').replace(chr(39), '&#39;').replace('&', '&', 1)}"[
-        :12
-    ] in page.replace("\n", "")
+    assert unescape(re.search("<h1>(.*)</h1>", page)[1]) == HOSTILE
     for outside in ("http:", "https:", "@import", "url("):
         assert outside not in page
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]+)"', page))
@@ -310,7 +298,7 @@ def test_gallery_of_awkward_files(stray, tmp_path, monkeypatch):
 def test_gallery_that_can_not_be_written(found, tmp_path):
     (tmp_path / "file").write_text("")
     done = run(found, "--html", tmp_path / "file" / "page.html")
-    assert "page.html: Not a directory; choose another place." in str(done.exception)
+    assert "page.html: File exists; choose another place." in str(done.exception)
     assert done.stdout == match_table(found) + "\n"  # the answer is not lost
 
 

@@ -334,7 +334,7 @@ def test_heic_comes_out_upright(tmp_path, orientation):
     exif[0x0112], exif[0x0110] = orientation, "Phone"
     path = heic(tmp_path / "a.heic", stored(scene(), orientation), exif=exif.tobytes())
     image, metadata = open_photo(path, min_size=16)
-    assert difference(image, scene()) < 8
+    assert difference(image, scene()) < 20  # colours are stored at half the resolution; turned wrongly it is above 80
     assert metadata == Metadata(80, 48, camera="Phone")
     assert "HEIF" not in Image.OPEN  # Pillow itself is left alone
 
@@ -429,7 +429,7 @@ def test_a_damaged_raw_file_is_an_image_error(tmp_path):
     sound = write_raw(tmp_path / "a.nef", photo(300, 200), 1, "JPEG").read_bytes()
     for length in (9, 100, 400):
         (tmp_path / "a.nef").write_bytes(sound[:length])
-        with pytest.raises(ImageError, match="it is a damaged or unsupported RAW file [(][A-Z][a-z]"):
+        with pytest.raises(ImageError, match=r"it is a damaged or unsupported RAW file \([A-Z][a-z]"):
             load_image(tmp_path / "a.nef")
 
 
@@ -462,7 +462,7 @@ def test_which_files_are_pictures_and_which_of_them_can_be_opened(monkeypatch):
     assert {".jpg", ".png", ".gif", ".tif", ".webp", ".bmp", ".avif", ".heic", ".cr3"} < SUFFIXES
     assert {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"} == RAW_SUFFIXES
     assert [missing_library(Path(f"a{suffix}")) for suffix in (".jpg", ".AVIF", ".txt")] == [None] * 3
-    monkeypatch.setattr("clipmatch.imageformats.features.check", lambda feature: feature != "avif")
+    monkeypatch.setattr("PIL.features.check", lambda feature: feature != "avif")
     assert missing_library(Path("a.avif")) == NEEDED_AVIF
 
 

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import struct
 import subprocess
 import sys
 from base64 import b64decode
@@ -11,11 +10,10 @@ from base64 import b64decode
 import numpy as np
 import pytest
 from PIL import Image
+from pseudoterminal import ASK, Terminal
 
 from clipmatch.terminal import as_iterm2, as_kitty, as_sixel, has_sixel, named_protocol
 
-pty = pytest.importorskip("pty", reason="needs the terminals of POSIX")
-ASK = b"\x1b[c"
 LOOK = "from clipmatch.terminal import find_protocol, picture_box; print(find_protocol(), *picture_box())"
 
 
@@ -68,47 +66,6 @@ def test_protocol_by_environment(environment, protocol):
 )
 def test_sixel_by_the_answer_of_the_terminal(answer, expected):
     assert has_sixel(answer) is expected
-
-
-class Terminal:
-    """A pseudo-terminal that runs a program, answers its question, and keeps what it writes."""
-
-    def __init__(self, answer=b"", size=(24, 80, 0, 0), **environment):
-        import fcntl
-        import termios
-
-        self.answer, self.environment = answer, environment
-        self.ours, self.theirs = pty.openpty()
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("4H", *size))
-
-    def run(self, program, stdin=None):
-        """What the program writes to the terminal."""
-        import termios
-
-        unset = ("TMUX", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID")
-        environment = {name: value for name, value in os.environ.items() if name not in unset}
-        environment |= {"TERM": "xterm", **self.environment}
-        before = termios.tcgetattr(self.theirs)
-        command = [sys.executable, "-c", program]
-        process = subprocess.Popen(command, stdin=stdin or self.theirs, stdout=self.theirs, env=environment)
-        written = self.read_until_it_ends(process)
-        assert process.returncode == 0
-        assert termios.tcgetattr(self.theirs) == before  # or the shell would no longer echo
-        os.close(self.theirs)
-        os.close(self.ours)
-        return written.replace(b"\r\n", b"\n")
-
-    def read_until_it_ends(self, process):
-        from select import select
-
-        written = b""
-        while process.poll() is None or select([self.ours], [], [], 0)[0]:
-            if select([self.ours], [], [], 0.05)[0]:
-                written += os.read(self.ours, 65536)
-                if ASK in written and self.answer:
-                    os.write(self.ours, self.answer)
-                    self.answer = b""
-        return written
 
 
 def test_a_terminal_is_asked_and_its_answer_is_not_shown():

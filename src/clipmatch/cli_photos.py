@@ -19,8 +19,10 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.output import OutputOptions, output_options, printable, report_failures, write_matches
 
 if TYPE_CHECKING:
+    from clipmatch.embedder import Embedder
     from clipmatch.index import Index
-    from clipmatch.search import Matches
+    from clipmatch.query import Query
+    from clipmatch.search import Matches, Request
     from clipmatch.store import Filter, Photo
 
 Command = Callable[..., Any]
@@ -224,25 +226,32 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
     the next query is quick. A calibrated model says how probable it is that a photograph is the one described (the
     column "conf").
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
-    where, images = filter_of(options), options.pop("images")
+    from clipmatch.embedder import load_model
+    from clipmatch.query import parse_query
+    from clipmatch.search import Request, need_calibration
+
+    where, images, more_like = filter_of(options), options.pop("images"), options.pop("more_like")
     model, device, file = options.pop("model"), options.pop("device"), options.pop("index_file")
-    if images and file:
-        raise ClipmatchError("--images searches folders and --index an index; give one of them.")
-    with opened(images, file, model, device) as index:
-        matches = answer(index, query, where, images, options)
+    if images and (file or where.folders):
+        other = "--index searches an index" if file else "--folder chooses from the index"
+        raise ClipmatchError(f"--images searches folders and {other}; give one of them.")
+    asked, request = parse_query(query), Request(where=where, **options)
+    embedder = load_model(model, device) if images or model or device else None
+    if embedder:  # rather now than after an hour of embedding
+        need_calibration(getattr(embedder, "calibration", None), asked, request)
+    with opened(images, file, embedder) as index:
+        matches = answer(index, asked, within(request, images), more_like)
     if images:
         shorten(matches, images)
-    write_matches(matches, chosen, first=1 + (options["page"] - 1) * options["top_k"])
+    report_failures(write_matches(matches, chosen, first=1 + (request.page - 1) * request.top_k))
     explain(matches)
 
 
 @contextmanager
-def opened(images: Sequence[str], file: str | None, model: str | None, device: str | None) -> Iterator[Index]:
+def opened(images: Sequence[str], file: str | None, embedder: Embedder | None) -> Iterator[Index]:
     """The index that is asked: that of --images, brought up to date, or the one that was made before."""
-    from clipmatch.embedder import load_model
     from clipmatch.index import Index, default_index, open_folders
 
-    embedder = load_model(model, device) if model or device else None
     if images:
         with open_folders(images, embedder) as (index, summary):
             report_failures(summary.failures)
@@ -256,22 +265,20 @@ def opened(images: Sequence[str], file: str | None, model: str | None, device: s
         yield index
 
 
-def answer(
-    index: Index, query: Sequence[str], where: Filter, images: Sequence[str], options: dict[str, Any]
-) -> Matches:
-    """The matches of the query, or of what is like one of them."""
+def within(request: Request, images: Sequence[str]) -> Request:
+    """The request, in these folders alone; in all if there are none."""
     from clipmatch.index import absolute
 
-    if images:
-        if where.folders:
-            raise ClipmatchError("--folder chooses from the index; with --images name the folder there.")
-        where = replace(where, folders=tuple(absolute(folder) for folder in images))
-    more_like = options.pop("more_like")
+    folders = tuple(absolute(folder) for folder in images)
+    return replace(request, where=replace(request.where, folders=folders)) if images else request
+
+
+def answer(index: Index, asked: Query, request: Request, more_like: int | None) -> Matches:
+    """The matches of the query, or of what is like one of them."""
     if more_like is None:
-        return index.find(query, where=where, **options)
-    first = index.find(query, where=where, **{**options, "page": 1, "top_k": max(more_like, 1)})
-    options["min_confidence"] = None  # it is of sentences
-    return index.find(index.more_like(first, more_like), where=where, **options)
+        return index.answer(asked, request)
+    first = index.answer(asked, replace(request, page=1, top_k=max(more_like, 1)))
+    return index.answer(index.more_like(first, more_like), replace(request, min_confidence=None))
 
 
 def shorten(matches: Matches, images: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Which files are pictures, and how those are opened that Pillow alone can't: HEIC and the RAW files of cameras.
 
 In: the name of a file, or an open file. Out: a Pillow image whose pixels are not decoded yet, or the reason why there
-can't be one. Knows nothing of captions, models or folders. A library is imported by the first file that needs it.
+can't be one. Knows nothing of captions, models or folders. A library is imported by the first file that needs it: a
+query opens none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from PIL import ExifTags, Image, JpegImagePlugin, features
+from PIL import ExifTags, Image
 
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 RAW_SUFFIXES = frozenset((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"))
@@ -37,8 +38,10 @@ def missing_library(path: Path) -> str | None:
         return NEEDED_HEIF
     if suffix in RAW_SUFFIXES and library("rawpy") is None:
         return NEEDED_RAW
-    if suffix == ".avif" and not features.check("avif"):
-        return NEEDED_AVIF
+    if suffix == ".avif":
+        from PIL import features
+
+        return None if features.check("avif") else NEEDED_AVIF
     return None
 
 
@@ -79,7 +82,7 @@ def open_raw(file: IO[bytes]) -> Image.Image:
         raise ImportError(NEEDED_RAW)
     try:
         with rawpy.imread(file) as raw:
-            image, sizes = preview_of(rawpy, raw), raw.sizes
+            sizes, image = raw.sizes, preview_of(rawpy, raw)  # in this order: developing at half size halves them
     except rawpy.LibRawError as error:
         said = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise OSError(f"it is a damaged or unsupported RAW file ({said})") from error
@@ -91,11 +94,13 @@ def open_raw(file: IO[bytes]) -> Image.Image:
 
 def preview_of(rawpy: Any, raw: Any) -> Image.Image:
     """The preview, or the developed picture, whose EXIF orientation tells which way up it is."""
+    from PIL.JpegImagePlugin import JpegImageFile
+
     try:
         data = raw.extract_thumb().data  # the bytes of a JPEG file, or an array [h, w, 3]
     except (rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError):
         return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=True))  # upright
-    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data), "") if isinstance(data, bytes) else Image.fromarray(data)
+    image = JpegImageFile(io.BytesIO(data), "") if isinstance(data, bytes) else Image.fromarray(data)
     image.getexif().setdefault(ExifTags.Base.Orientation, ORIENTATION.get(raw.sizes.flip, 1))
     return image
 

@@ -16,7 +16,7 @@ from platformdirs import user_data_path
 
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
-from clipmatch.embedder import Embedder, load_model
+from clipmatch.embedder import Embedder, Failure, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.ingest import Summary, check_model, reembed, update
@@ -118,7 +118,7 @@ class Index:
 
     def find(
         self,
-        query: str | Path | Sequence[str | Path] | Query,
+        query: str | Path | Sequence[str | Path],
         *,
         exclude: str | Sequence[str] = (),
         where: Filter | None = None,
@@ -130,12 +130,13 @@ class Index:
         duplicates: Stacking = "stack",
     ) -> Matches:
         """The photographs that match best: `Request` says what each setting does, `parse_query` what a query can be."""
-        request = Request(
-            (exclude,) if isinstance(exclude, str) else tuple(exclude),
-            where or Filter(), top_k, page, min_confidence, hybrid, diverse, duplicates,
-        )  # fmt: skip
-        asked = query if isinstance(query, Query) else parse_query(query)
-        return search(self.store, self.gallery(), self.embedder, self.calibration, asked, request)
+        excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        request = Request(excluded, where or Filter(), top_k, page, min_confidence, hybrid, diverse, duplicates)
+        return self.answer(parse_query(query), request)
+
+    def answer(self, query: Query, request: Request) -> Matches:
+        """`find`, for a query and a request that are made already."""
+        return search(self.store, self.gallery(), self.embedder, self.calibration, query, request)
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.
@@ -208,13 +209,16 @@ def open_folders(
     listed = [images] if isinstance(images, str | Path) else list(images)
     if not listed:
         raise ClipmatchError("The list of images is empty; name at least one.")
+    alone = len(listed) == 1  # a wrong name among many is a failure, alone it is an error
+    missing = [] if alone else [Path(path) for path in listed if not absolute(path).exists()]
+    roots = [Root(absolute(path)) for path in listed if Path(path) not in missing]
     embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
-    path = cache_folder() / "indexes" / f"{embedder.fingerprint}.sqlite"
-    with Index.open(path, embedder) as index:
+    with Index.open(cache_folder() / "indexes" / f"{embedder.fingerprint}.sqlite", embedder) as index:
         with index.store.writer():
             if index.store.model is None:
                 index.store.bind(name_of(embedder))
-            summary = update(index.store, embedder, [Root(absolute(folder)) for folder in listed], progress)
+            summary = update(index.store, embedder, roots, progress)
+        summary.failures += [Failure(path, "does not exist") for path in missing]
         if not len(index.store.numbers(Filter(folders=tuple(map(absolute, listed))))):
             raise nothing_to_search(Path(listed[0]), summary)
         yield index, summary
@@ -242,11 +246,9 @@ def find_matches(
     listed = [images] if isinstance(images, str | Path) else list(images)
     embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
     need_calibration(getattr(embedder, "calibration", None), asked, request)
-    with open_folders(listed, embedder, progress) as (index, summary):
+    with open_folders(images, embedder, progress) as (index, summary):
         where = Filter(folders=tuple(absolute(folder) for folder in listed))
-        matches = search(
-            index.store, index.gallery(), embedder, index.calibration, asked, replace(request, where=where)
-        )
+        matches = index.answer(asked, replace(request, where=where))
     matches.failures = summary.failures
     return spoken(matches, {absolute(folder): Path(folder) for folder in listed})
 

@@ -28,6 +28,7 @@ from clipmatch.runtime import usable_cores
 from clipmatch.store import ModelName, Photo, Root, Store
 
 BATCH = 128  # files between two commits: what an interruption can cost
+SHOWN = 64  # files from which on there is a progress bar
 READ = 1 << 20  # bytes hashed at once
 
 
@@ -66,7 +67,7 @@ def update(store: Store, embedder: Embedder, roots: Sequence[Root], progress: bo
         known |= there.known
     contents = {} if not gone else digests_of(store, gone)
     arrived: set[str] = set()
-    with tqdm(total=len(work), desc="photographs", unit="img", disable=not progress or not work) as bar:
+    with tqdm(total=len(work), desc="photographs", unit="img", disable=not progress or len(work) < SHOWN) as bar:
         for start in range(0, len(work), BATCH):
             batch = work[start : start + BATCH]
             photos, failures = ingest(store, embedder, batch)
@@ -90,7 +91,7 @@ def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = 
     """Give every content a vector by another model, then bind the store to it; what is there already is kept."""
     summary = Summary()
     missing = store.not_embedded(name.fingerprint)
-    with tqdm(total=len(missing), desc="photographs", unit="img", disable=not progress or not missing) as bar:
+    with tqdm(total=len(missing), desc="photographs", unit="img", disable=not progress or len(missing) < SHOWN) as bar:
         for start in range(0, len(missing), BATCH):
             batch = {photo.path: photo for photo in missing[start : start + BATCH]}
             done = embedder.embed_images(list(batch), progress=False)

@@ -3,7 +3,7 @@
 In: a path and its opened image, which need not be decoded. Out: `Metadata`. Knows nothing of models or stores.
 
 Nothing here raises: cameras, phones and programs write all kinds of nonsense, and a field that can't be made sense of
-is None.
+is None. The parsers are imported where a photograph needs them: a query does not.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
-from xml.etree.ElementTree import Element
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from defusedxml.ElementTree import fromstring
 from PIL import ExifTags, Image, ImageFile
-from PIL.IptcImagePlugin import getiptcinfo
-from PIL.TiffImagePlugin import TiffImageFile
 
 from clipmatch.imageformats import RAW_SIZE
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 T = TypeVar("T")
 Words: TypeAlias = "tuple[str | None, list[str]]"  # a caption and keywords
@@ -95,7 +94,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     if isinstance(size, tuple):  # a text of that name in a PNG file is a string
         return size
     width, height = image.size
-    if orientation_of(image) < 5 or isinstance(image, TiffImageFile):  # of a TIFF file Pillow has turned it already
+    if orientation_of(image) < 5 or image.format == "TIFF":  # of a TIFF file Pillow has turned it already
         return width, height
     return height, width
 
@@ -184,6 +183,8 @@ def xmp_words(data: bytes | str | None) -> Words:
     """An XMP packet -> its description or title, and its keywords."""
     if not data or len(data) > MAX_XMP:
         return None, []
+    from defusedxml.ElementTree import fromstring  # its bombs are errors
+
     root = fromstring(data.strip(b" \n\r\t\0") if isinstance(data, bytes) else data)
     caption = own_words(dublin_core(root, "description")) or own_words(dublin_core(root, "title"))
     return caption, texts(dublin_core(root, "subject"))
@@ -200,6 +201,8 @@ def dublin_core(root: Element, name: str) -> Iterator[str | None]:
 
 def iptc_words(image: Image.Image) -> Words:
     """The IPTC caption and keywords of a JPEG or TIFF file."""
+    from PIL.IptcImagePlugin import getiptcinfo
+
     if not isinstance(image, ImageFile.ImageFile):
         return None, []
     block: dict[tuple[int, int], Any] = getiptcinfo(image) or {}

@@ -12,7 +12,7 @@ import io
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,7 +345,8 @@ def write_page(path: Path, page: str) -> Path:
     except OSError as error:
         raise ClipmatchError(f"The page can't be written to {path}: {error.strerror}; choose another place.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it has become the page, or never was
+            partial.unlink()
     return path
 
 

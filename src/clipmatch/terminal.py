@@ -65,7 +65,7 @@ def named_protocol(environment: Mapping[str, str]) -> Protocol | None:
     neither kitty's nor iTerm2's codes on.
     """
     term = environment.get("TERM", "")
-    if "TMUX" in environment or term.startswith(("screen", "tmux")):
+    if environment.get("TMUX") or term.startswith(("screen", "tmux")):
         return None
     if term in KITTY_TERMS:
         return "kitty"
