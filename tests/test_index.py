@@ -217,6 +217,17 @@ def test_awkward_names(index, tmp_path, name):
     assert index.update(progress=False).unchanged == 1
 
 
+def test_a_picture_whose_library_is_missing_is_taken_in_once_it_is_there(index, photos, monkeypatch):
+    (photos / "red.png").rename(photos / "red.heic")
+    monkeypatch.setattr("clipmatch.imageformats.library", lambda name: None)
+    summary = index.update([photos], progress=False)
+    assert [(failure.path.name, "clipmatch[photos]" in failure.reason) for failure in summary.failures] == [
+        ("red.heic", True)
+    ]
+    monkeypatch.undo()
+    assert index.update(progress=False).added == 1
+
+
 # Being stopped, shared, damaged
 
 

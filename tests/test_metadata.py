@@ -341,6 +341,7 @@ LAUGHS = (
             "<rdf:Description><dc:description>&x;</dc:description></rdf:Description>",
             "<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>",
         ),
+        xmp_around("<rdf:Description dc:description='&x;'/>", "<!DOCTYPE a [<!ENTITY x 'no entity belongs in XMP'>]>"),
         xmp_around("<a>" * 9000 + "</a>" * 9000),
         xmp_around("<rdf:Description"),
         xmp_packet("A dog")[:-100],

@@ -367,7 +367,7 @@ def directory(start, tags):
     return struct.pack("<H", len(tags)) + rows + bytes(4) + values
 
 
-def write_raw(path, preview, orientation, kind):
+def write_raw(path, preview, orientation, kind, xmp=b"<none/>"):
     """A small DNG file, as a camera would write it: a grey sensor of 320 x 192, and a preview of some kind or none.
 
     kind: "JPEG", "bitmap", "none", or "not TIFF": the beginning that Olympus gives to its files.
@@ -377,15 +377,16 @@ def write_raw(path, preview, orientation, kind):
     layout |= {277: ("H", [1]), 278: ("I", [192]), 279: ("I", [len(sensor)]), 33421: ("H", [2, 2])}
     layout |= {254: ("I", [0]), 33422: ("B", [0, 1, 1, 2])}
     camera = {271: ("s", b"Acme\0"), 272: ("s", b"Acme Raw\0"), 306: ("s", b"2021:06:05 14:03:02\0")}
-    camera |= {274: ("H", [orientation]), 50706: ("B", [1, 4, 0, 0]), 50708: ("s", b"Acme Raw\0")}
+    camera |= {274: ("H", [orientation]), 700: ("B", xmp), 50706: ("B", [1, 4, 0, 0]), 50708: ("s", b"Acme Raw\0")}
     if kind == "none":
         end = 8 + len(directory(8, camera | layout | {273: ("I", [0])}))
         path.write_bytes(b"II*\0\x08\0\0\0" + directory(8, camera | layout | {273: ("I", [end])}) + sensor)
         return path
     width, height = preview.size
     buffer = io.BytesIO()
-    preview.save(buffer, "JPEG", quality=95)
-    data = preview.tobytes() if kind == "bitmap" else buffer.getvalue() + b"\0" * (buffer.tell() % 2)
+    preview.save(buffer, "JPEG", quality=95, **({"exif": preview.getexif()} if preview.getexif() else {}))
+    jpeg = buffer.getvalue()[:2] + buffer.getvalue()[20:]  # without the JFIF part: cameras begin with EXIF
+    data = preview.tobytes() if kind == "bitmap" else jpeg + b"\0" * (len(jpeg) % 2)
     camera |= {254: ("I", [1]), 256: ("I", [width]), 257: ("I", [height]), 258: ("H", [8, 8, 8]), 278: ("I", [height])}
     camera |= {259: ("H", [1 if kind == "bitmap" else 7]), 262: ("H", [2 if kind == "bitmap" else 6])}
     camera |= {277: ("H", [3]), 279: ("I", [len(data)])}
@@ -415,6 +416,27 @@ def test_the_preview_of_a_raw_file_is_decoded_at_a_reduced_size(tmp_path):
     pytest.importorskip("rawpy")
     path = write_raw(tmp_path / "a.dng", photo(1600, 1000), 1, "JPEG")
     assert (load_image(path).size, load_image(path, min_size=224).size) == ((1600, 1000), (400, 250))
+
+
+def test_a_raw_file_that_is_not_like_tiff_has_the_exif_data_of_its_preview(tmp_path):
+    pytest.importorskip("rawpy")
+    preview = scene()
+    preview.getexif()[0x0110] = "One"
+    preview.getexif().get_ifd(0x8769)[0x9003] = "2020:02:02 20:20:20"
+    metadata = read_header(write_raw(tmp_path / "a.raf", preview, 1, "not TIFF"))
+    assert (metadata.camera, metadata.taken) == ("One", datetime(2020, 2, 2, 20, 20, 20))
+
+
+def test_the_words_in_a_raw_file(tmp_path):
+    pytest.importorskip("rawpy")
+    packet = (
+        b"<rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#' xmlns:dc='http://purl.org/dc/elements/1.1/'>"
+        b"<rdf:Description dc:description='A dog' dc:subject='sea'/></rdf:RDF>"
+    )
+    path = write_raw(tmp_path / "a.dng", scene(), 1, "JPEG", packet)
+    assert read_header(path).caption == "A dog [sea]"
+    (tmp_path / "a.txt").write_text("A cat")
+    assert read_header(path).caption == "A cat [sea]"
 
 
 def test_a_raw_file_without_a_preview_is_developed(tmp_path):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from clipmatch.crawl import Found, Stamp, walk
 from clipmatch.embedder import Embedder, Failure
 from clipmatch.errors import ClipmatchError, reason_of
+from clipmatch.imageformats import missing_library
 from clipmatch.metadata import Metadata
 from clipmatch.preprocess import ImageError, open_photo, read_header
 from clipmatch.runtime import usable_cores
@@ -125,7 +126,9 @@ def compare(store: Store, root: Root, summary: Summary) -> Comparison:
             closed.append(item.path)
             continue
         seen.add(item.path)
-        if known.get(item.path) == item.stamp:
+        if reason := missing_library(item.path):  # not kept: the library may be there next time
+            summary.failures.append(Failure(item.path, reason))
+        elif known.get(item.path) == item.stamp:
             summary.unchanged += 1
         elif item.path in failed and failed[item.path][0] == item.stamp:
             summary.failures.append(Failure(item.path, failed[item.path][1]))
