@@ -29,6 +29,7 @@ from clipmatch import calibration_fit as cal
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 from clipmatch.evaluation import RECALLS, bootstrap_interval
+from clipmatch.exclusion_fit import find_concepts
 from clipmatch.scenes import generate
 
 # Things that captioned photographs of people, dogs and sports hardly show. Replace it for another kind of pictures.
@@ -404,7 +405,8 @@ def main():
         drawn = model.embed_images(sorted(folder.rglob("*.jpg")), progress=False).rows
     bank = cal.make_bank(*train)
     split_hash = content_hash(dev_rows)
-    calibration = cal.calibrate(*dev, bank, fingerprint=model.fingerprint, split_hash=split_hash)
+    concepts = find_concepts(captions, dev[2], model.embed_texts)
+    calibration = cal.calibrate(*dev, bank, concepts=concepts, fingerprint=model.fingerprint, split_hash=split_hash)
     result = {
         "model": model.fingerprint,
         "split_hash": split_hash,

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +39,7 @@ from clipmatch.modelfolder import CALIBRATION
 
 Floats: TypeAlias = NDArray[np.float32]
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no exclusion
 NEAREST = 0.03  # part of a bank that makes a background
 RIVALS = 100  # the best so many pictures are looked at for likeness
 BLOCK = 4096  # pictures compared with a bank at once
@@ -53,12 +53,34 @@ class Bank:
     captions: NDArray[np.float16]
 
 
+@dataclass(frozen=True)
+class Exclusion:
+    """When a picture counts as showing a concept; what the numbers mean is said in `clipmatch.exclusion`.
+
+    weights: those of 1, cosine, context, level. threshold: the confidence, 0..1, from which on a picture is vetoed.
+    familiar: how familiar a concept must be for the weights to hold.
+    """
+
+    weights: tuple[float, float, float, float]
+    threshold: float
+    familiar: float
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Exclusion:
+        """What `dataclasses.asdict` gave. Raises ValueError if a number is not finite or not one of four."""
+        one, cosine, context, level = (float(weight) for weight in values["weights"])
+        found = cls((one, cosine, context, level), float(values["threshold"]), float(values["familiar"]))
+        if not np.isfinite([*found.weights, found.threshold, found.familiar]).all():
+            raise ValueError("a number of the exclusion is not finite")
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Weights, bank and figures of one model. `fingerprint` names it, `split_hash` the pictures of the fit.
 
     weights: those of 1, cosine, background of the picture, background of the query. alike: the cosine of two pictures
-    from which on they count as showing the same.
+    from which on they count as showing the same. exclusion: None where the captions could not tell.
     """
 
     weights: tuple[float, float, float, float]
@@ -67,6 +89,7 @@ class Calibration:
     fingerprint: str
     split_hash: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    exclusion: Exclusion | None = None
 
     def probabilities(
         self, query_row: ArrayLike, gallery_rows: ArrayLike, background: ArrayLike | None = None
@@ -94,11 +117,11 @@ class Calibration:
 
     def background(self, gallery_rows: ArrayLike) -> Floats:
         """Pictures [n, d] -> [n]: mean cosine of each with the nearest captions of the bank; high for a hub."""
-        return nearest_mean(np.asarray(gallery_rows, np.float32), self._captions)
+        return nearest_mean(np.asarray(gallery_rows, np.float32), self.captions)
 
     def familiarity(self, query_rows: ArrayLike) -> Floats:
         """Queries [m, d] -> [m]: mean cosine of each with the nearest pictures of the bank."""
-        return nearest_mean(np.asarray(query_rows, np.float32), self._pictures)
+        return nearest_mean(np.asarray(query_rows, np.float32), self.pictures)
 
     @property
     def dim(self) -> int:
@@ -115,6 +138,7 @@ class Calibration:
             "figures": self.figures,
             "weights": list(self.weights),
             "alike": self.alike,
+            "exclusion": None if self.exclusion is None else asdict(self.exclusion),
             "dim": self.dim,
             "bank": {"pictures": _pack(self.bank.pictures), "captions": _pack(self.bank.captions)},
         }
@@ -142,22 +166,25 @@ class Calibration:
             first, cosine, picture, query = (float(weight) for weight in values["weights"])
             if not np.isfinite([first, cosine, picture, query]).all():
                 raise ValueError("a weight is not finite")
-            known = str(values["fingerprint"])
+            known, veto = str(values["fingerprint"]), values.get("exclusion")
             rest = float(values["alike"]), bank, known, str(values["split_hash"]), dict(values["figures"])
+            exclusion = None if veto is None else Exclusion.from_json(veto)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise ClipmatchError(f"The file {path} is damaged ({error}); evaluate the model again.") from error
         if known != fingerprint:
             raise ClipmatchError(
                 f"The file {path} was fitted for model {known} and this one is {fingerprint}; evaluate the model again."
             )
-        return cls((first, cosine, picture, query), *rest)
+        return cls((first, cosine, picture, query), *rest, exclusion)
 
     @cached_property
-    def _captions(self) -> Floats:
+    def captions(self) -> Floats:
+        """The captions of the bank, ready to be multiplied with."""
         return self.bank.captions.astype(np.float32)
 
     @cached_property
-    def _pictures(self) -> Floats:
+    def pictures(self) -> Floats:
+        """The pictures of the bank, the same."""
         return self.bank.pictures.astype(np.float32)
 
     def _evidence(self, scores: Floats, background: Floats, familiarity: float) -> NDArray[np.float64]:

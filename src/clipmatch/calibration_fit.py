@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.calibration import Bank, Calibration, Floats
 from clipmatch.errors import ClipmatchError
+from clipmatch.exclusion_fit import PICTURES, Concept, fit_exclusion, measure_exclusion
 
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -48,6 +49,7 @@ def calibrate(
     owners: ArrayLike,
     bank: Bank | None = None,
     *,
+    concepts: Sequence[Concept] = (),
     fingerprint: str,
     split_hash: str = "",
     seed: int = 0,
@@ -55,6 +57,7 @@ def calibrate(
     """Captioned pictures that the model was not trained on -> its calibration, with figures for held-out pictures.
 
     Rows [n, d] and [m, d], the picture of each caption [m]. bank: of yet other pictures; None takes a third of these.
+    concepts: what `find_concepts` found in the captions; without them nothing can be excluded.
     The figures come from two more fits, each on one half of the pictures and measured on the other.
 
     Raises ClipmatchError on rows that are not finite or don't fit, and if there are too few pictures.
@@ -74,7 +77,13 @@ def calibrate(
         for here, there in (halves, halves[::-1])
     ]
     calibration = fit(*only(order, *rows), bank, fingerprint=fingerprint, seed=seed)
-    return replace(calibration, split_hash=split_hash, figures=figures_of(join(measured)))
+    figures = figures_of(join(measured))
+    seen = order[:PICTURES]
+    images, known = rows[0][seen], [concept.among(seen) for concept in concepts]
+    exclusion = fit_exclusion(calibration, images, known)
+    if exclusion is not None:
+        figures["exclusion"] = measure_exclusion(calibration, images, known, seed)
+    return replace(calibration, split_hash=split_hash, figures=figures, exclusion=exclusion)
 
 
 def fit(

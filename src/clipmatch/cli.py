@@ -368,6 +368,7 @@ def evaluate(
 def calibrate_model(embedder: BatchedEmbedder, result: Evaluation) -> dict[str, Any] | None:
     """Fit the confidence of the model's matches and keep it in its folder -> its figures; None if it can't be done."""
     from clipmatch.calibration_fit import calibrate
+    from clipmatch.exclusion_fit import find_concepts
     from clipmatch.modelfolder import EMBEDDED
 
     try:
@@ -375,6 +376,7 @@ def calibrate_model(embedder: BatchedEmbedder, result: Evaluation) -> dict[str, 
             result.image_rows,
             result.text_rows,
             result.image_of_text,
+            concepts=find_concepts(result.captions, result.image_of_text, embedder.embed_texts),
             fingerprint=result.fingerprint,
             split_hash=result.split_hash,
             seed=result.seed,

@@ -1,6 +1,152 @@
-"""Placeholder until it is written."""
+"""Which pictures show what is not wanted: a veto by confidence, for `find ... --not "person"`.
+
+In: a concept, a word or a few, and the unit rows of pictures. Out: for each picture the confidence that it shows the
+concept, and whether that is enough to leave it out. The weights are found in `exclusion_fit`. Knows nothing of what is
+searched for. Shapes: n pictures, p phrasings of a concept, c rows of a bank, d numbers a row.
+
+Subtracting the concept from the query makes a picture that shows it a little less near, no more. A veto asks of each
+picture by itself whether it shows the concept, from three numbers:
+
+    cosine     with the concept, the softest maximum over several phrasings of it;
+    context    the mean cosine with the concept of the bank's pictures that are most like this one: what is seen badly
+               here may be seen well there (Diaz, Regularizing ad hoc retrieval scores, CIKM 2005);
+    level      the mean cosine of all the bank's pictures with the concept: some words are near to everything.
+
+A logistic regression makes a confidence of them, from even odds: how often a concept is shown differs from collection
+to collection, so what is known is how far the numbers speak for one or the other. It holds for concepts that captions
+speak of. For another (nonsense, or a thing that the captions never name) only pictures are vetoed that stand out from
+the bank's as a normal distribution would let hardly any: a word that means nothing should not empty the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from clipmatch.calibration import BLOCK, Calibration, Floats, nearest_mean
+from clipmatch.embedder import Embedder
+from clipmatch.errors import ClipmatchError
+
+Integers: TypeAlias = NDArray[np.int64]
+
+PHRASINGS = ("a photo of {}", "{}s")  # the second not for what ends in s already
+# Captions say who is there, not that it is a person; a model that has learnt from them knows no better.
+PEOPLE = ("person", "man", "woman", "boy", "girl")
+HUMAN = frozenset(
+    ("person", "persons", "people", "human", "humans", "human being", "human beings", "somebody", "anyone")
+)
+ARTICLES = ("a ", "an ", "the ", "any ", "some ")
+SHARPNESS = 10.0  # of the soft maximum
+NEIGHBOURS = 10  # pictures of the bank that make a context
+OUTSTANDING = 3.0  # standard deviations above the bank's mean
 
 
-def shows(embedder, calibration, rows, exclude):  # type: ignore
-    """Nothing yet."""
-    return []
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Of n pictures: the confidence [n] that each shows the concept, and whether [n] it is vetoed.
+
+    familiar: False for a concept of which the model is not known to know anything.
+    """
+
+    confidence: NDArray[np.float64]
+    vetoed: NDArray[np.bool_]
+    familiar: bool
+
+
+def shows(
+    embedder: Embedder, calibration: Calibration, gallery_rows: ArrayLike, concepts: Sequence[str]
+) -> list[NDArray[np.bool_]]:
+    """For each concept, which pictures [n] are taken to show it. Raises ClipmatchError as `judge` does."""
+    rows = np.asarray(gallery_rows, np.float32)
+    likest = neighbours(calibration, rows) if calibration.exclusion and len(concepts) > 1 else None
+    return [judge(calibration, embedder.embed_texts(phrasings(text)), rows, likest).vetoed for text in concepts]
+
+
+def phrasings(concept: str) -> list[str]:
+    """What a person types after --not -> the texts to embed. Raises ClipmatchError if it is empty."""
+    name = " ".join(concept.split())
+    if not name:
+        raise ClipmatchError("What is to be left out is empty; type what the photographs should not show.")
+    article = next((article for article in ARTICLES if name.lower().startswith(article)), "")
+    name = name[len(article) :]
+    names = PEOPLE if name.lower() in HUMAN else (name,)
+    used = PHRASINGS[:1] if name.endswith("s") else PHRASINGS
+    return [phrasing.format(name) for name in names for phrasing in used]
+
+
+def judge(
+    calibration: Calibration, concept_rows: ArrayLike, gallery_rows: ArrayLike, likest: Integers | None = None
+) -> Verdict:
+    """The rows of a concept's phrasings [p, d] and pictures [n, d], all of them unit rows -> a verdict on each picture.
+
+    likest: what `neighbours(calibration, gallery_rows)` gave, so that many concepts pay for it once.
+    Raises ClipmatchError on rows that are not finite or don't fit, and if the calibration knows no exclusion.
+    """
+    exclusion = calibration.exclusion
+    if exclusion is None:
+        raise ClipmatchError(
+            "This model's calibration does not say when a picture shows something; run clipmatch evaluate with it "
+            "again, on some hundred pictures with two or more captions each."
+        )
+    concept, rows = np.asarray(concept_rows, np.float32), np.asarray(gallery_rows, np.float32)
+    if concept.ndim != 2 or rows.ndim != 2 or {concept.shape[1], rows.shape[1]} != {calibration.dim}:
+        raise ClipmatchError(
+            f"The concept has shape {concept.shape} and the pictures {rows.shape}, but this calibration is for rows of "
+            f"{calibration.dim} numbers; embed both with the model that it was fitted for."
+        )
+    evidence = features(calibration, concept, rows, likest) @ np.array(exclusion.weights)
+    if not np.isfinite(evidence).all():
+        raise ClipmatchError("An embedding of the concept or of a picture is not finite; check the model.")
+    confidence = 1 / (1 + np.exp(-np.clip(evidence, -500, 500)))
+    familiar = familiarity(calibration, concept) >= exclusion.familiar
+    vetoed = confidence >= exclusion.threshold
+    if not familiar:
+        usual = nearness(calibration.pictures, concept)
+        vetoed &= nearness(rows, concept) >= usual.mean() + OUTSTANDING * usual.std()
+    return Verdict(confidence, vetoed, familiar)
+
+
+def features(
+    calibration: Calibration, concept_rows: Floats, gallery_rows: Floats, likest: Integers | None = None
+) -> NDArray[np.float64]:
+    """A concept [p, d] and pictures [n, d] -> [n, 4]: 1, cosine, context, level."""
+    usual = nearness(calibration.pictures, concept_rows)  # [c]
+    near = neighbours(calibration, gallery_rows) if likest is None else likest
+    cosine = nearness(gallery_rows, concept_rows)
+    return np.stack(
+        [np.ones_like(cosine), cosine, usual[near].mean(axis=1), np.full_like(cosine, usual.mean())], axis=1
+    )
+
+
+def neighbours(calibration: Calibration, gallery_rows: Floats) -> Integers:
+    """Pictures [n, d] -> the places in the bank [n, few] of those that are most like each."""
+    few = min(NEIGHBOURS, len(calibration.pictures))
+    found = np.empty((len(gallery_rows), few), np.int64)
+    for start in range(0, len(gallery_rows), BLOCK):
+        alike = gallery_rows[start : start + BLOCK] @ calibration.pictures.T  # [b, c]
+        found[start : start + BLOCK] = np.argpartition(-alike, few - 1, axis=1)[:, :few]
+    return found
+
+
+def nearness(rows: Floats, concept_rows: Floats) -> NDArray[np.float64]:
+    """Rows [n, d] and a concept [p, d] -> [n]: the soft maximum of the cosines with its phrasings.
+
+    The maximum where they differ much, the mean where they don't.
+    """
+    cosines = (rows @ concept_rows.T).astype(np.float64)  # [n, p]
+    found: NDArray[np.float64] = np.log(np.exp(SHARPNESS * cosines).mean(axis=1)) / SHARPNESS
+    return found
+
+
+def familiarity(calibration: Calibration, concept_rows: Floats) -> float:
+    """How much nearer the bank's nearest captions are to a concept [p, d] than its captions on average.
+
+    Low for what captions don't speak of.
+    """
+    mean = concept_rows.mean(axis=0, keepdims=True)
+    mean /= np.linalg.norm(mean)
+    return float(nearest_mean(mean, calibration.captions)[0] - (calibration.captions @ mean[0]).mean())
