@@ -34,7 +34,7 @@ from clipmatch.calibration import Calibration
 from clipmatch.calibration_fit import BANK, likeness, make_bank
 from clipmatch.data import content_hash, load_captions, split_captions
 from clipmatch.embedder import load_model
-from clipmatch.exclusion import judge, phrasings
+from clipmatch.exclusion import embed_concept, familiarity, judge
 from clipmatch.exclusion_fit import AGREEMENT, REMOVED, Concept, find_concepts, fit_exclusion, pairs_of, removing
 
 CONCEPTS = Path(__file__).with_name("exclusion_concepts.json")
@@ -94,7 +94,7 @@ def listed_concepts(listed, captions, owner, embed_texts):
         named = pattern(words["named"])
         count, vague = counted(named, captions, owner), counted(pattern(words["open"]), captions, owner)
         if agreement(count, owner) >= AGREEMENT and (count >= 2).sum() >= PLENTY:
-            rows = embed_texts(phrasings(word))
+            rows = embed_concept(embed_texts, word)
             concepts.append(Concept(word, rows, count >= 2, (count == 0) & (vague == 0)))
             names.append(named)
     return concepts, names
@@ -137,14 +137,14 @@ def unseen(words, name, expression):
 
 
 def verdicts(draft, images, words, concepts, names, seed):
-    """Each listed concept's confidence less the threshold [k, n], and the share vetoed by a fitted cosine threshold."""
+    """How far each listed concept's confidence [k, n] is beyond what is needed, and the same of a plain cosine."""
     beyond, cosine = np.zeros((len(concepts), len(images))), np.zeros((len(concepts), len(images)))
     for here, there in halves(len(images), seed):
         seen = [word.among(here) for word in words]
         for place, (concept, name) in enumerate(zip(concepts, names, strict=True)):
             left = unseen(seen, concept.word, name)
             ready = fitted(draft, images[here], left)
-            beyond[place, there] = margin(ready, judge(ready, concept.rows, images[there]))
+            beyond[place, there] = margin(ready, concept.rows, judge(ready, concept.rows, images[there]))
             plain = np.stack([images[here] @ word.rows[0] for word in left])
             cosine[place, there] = images[there] @ concept.rows[0] - removing(plain, pairs_of(left))
     return beyond, cosine
@@ -158,11 +158,11 @@ def fitted(draft, images, words):
     return replace(draft, exclusion=exclusion)
 
 
-def margin(calibration, verdict):
-    """How far beyond the threshold, in log odds; what the caution for unfamiliar concepts spares is below it."""
+def margin(calibration, concept_rows, verdict):
+    """How far beyond what is needed, in log odds; what the caution for unfamiliar concepts spares is below it."""
+    constant, slope = calibration.exclusion.needed
     odds = np.log(verdict.confidence / (1 - verdict.confidence))
-    threshold = calibration.exclusion.threshold
-    far = odds - np.log(threshold / (1 - threshold))
+    far = odds - constant - slope * familiarity(calibration, concept_rows)
     return np.where(verdict.vetoed, np.maximum(far, 0), np.minimum(far, -1e-9))
 
 
@@ -254,7 +254,7 @@ def by_concept(asked, veto, concepts):
 
 def strangers(model, calibration, images, texts):
     """Share of all pictures vetoed for what none of them shows."""
-    verdicts_ = {text: judge(calibration, model.embed_texts(phrasings(text)), images) for text in texts}
+    verdicts_ = {text: judge(calibration, embed_concept(model.embed_texts, text), images) for text in texts}
     return {text: {"vetoed": float(v.vetoed.mean()), "familiar": bool(v.familiar)} for text, v in verdicts_.items()}
 
 

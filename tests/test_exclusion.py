@@ -14,7 +14,7 @@ from clipmatch.calibration import Bank, Calibration, Exclusion
 from clipmatch.calibration_fit import calibrate, make_bank
 from clipmatch.embedder import ImageEmbeddings
 from clipmatch.errors import ClipmatchError
-from clipmatch.exclusion import features, judge, nearness, neighbours, phrasings, shows
+from clipmatch.exclusion import embed_concept, familiarity, features, judge, names_of, nearness, neighbours, shows
 from clipmatch.exclusion_fit import (
     Concept,
     find_concepts,
@@ -34,10 +34,10 @@ THINGS = ["dog", "ball", "snow", "beach", "bike", "car", "boat", "tree", "swing"
 THINGS += ["kite", "drum", "lamp", "tent"]
 
 
-def by_hand(weights=(0.0, 1.0, 0.0, 0.0), threshold=0.6, familiar=-1.0):
-    """Verdicts that can be worked out on paper: the bank's pictures are two axes, its caption a third."""
-    bank = Bank(pictures=AXES[:2].astype(np.float16), captions=AXES[2:3].astype(np.float16))
-    return Calibration((0.0,) * 4, 0.9, bank, "f00d", exclusion=Exclusion(weights, threshold, familiar))
+def by_hand(weights=(0.0, 1.0, 0.0, 0.0), needed=(0.5, 0.0), familiar=-1.0):
+    """Verdicts that can be worked out on paper: the bank's pictures are two axes, five of its captions a third."""
+    bank = Bank(pictures=AXES[:2].astype(np.float16), captions=AXES[[2, 2, 2, 2, 2, 3]].astype(np.float16))
+    return Calibration((0.0,) * 4, 0.9, bank, "f00d", exclusion=Exclusion(weights, needed, familiar))
 
 
 class Reader:
@@ -99,15 +99,32 @@ def fitted(reader):
 # Concepts as a person types them
 
 
-def test_phrasings():
-    assert phrasings(" a  red hat ") == ["a photo of red hat", "red hats"]
-    assert phrasings("The dogs") == ["a photo of dogs"]
-    assert phrasings("another") == ["a photo of another", "anothers"]
-    assert phrasings("People") == phrasings("a person")
-    assert {"a photo of person", "mans", "girls"} <= set(phrasings("person"))
+def test_names():
+    assert names_of(" a  red hat ") == ("red hat",)
+    assert names_of("The dogs") == ("dogs",)
+    assert names_of("another") == ("another",)
+    assert names_of("People") == names_of("a person") == ("person", "man", "woman", "boy", "girl")
     for blank in ("", " \n"):
         with pytest.raises(ClipmatchError, match="is empty"):
-            phrasings(blank)
+            names_of(blank)
+
+
+def test_phrasings():
+    asked = []
+
+    def embed_texts(texts):
+        asked.append(texts)
+        return AXES[: len(texts)]
+
+    assert embed_concept(embed_texts, "a kite").tolist() == AXES[:2].tolist()
+    assert embed_concept(embed_texts, "the bus").tolist() == AXES[:1].tolist()
+    assert asked == [["a photo of kite", "kites"], ["a photo of bus"]]
+
+
+def test_people_are_the_mean_of_men_women_and_children():
+    rows = embed_concept(lambda texts: np.eye(10, dtype=np.float32), "people")
+    assert rows.shape == (2, 10)
+    assert rows[0] == pytest.approx([np.sqrt(0.2)] * 5 + [0] * 5)
 
 
 def test_the_phrasing_that_fits_best_counts_most():
@@ -130,20 +147,29 @@ def test_cosine_context_and_level():
     )
 
 
-def test_confidence_and_threshold():
+def test_confidence_and_what_is_needed():
     verdict = judge(by_hand(weights=(-1.0, 3.0, 0.0, 2.0)), AXES[:1], AXES[:2])  # cosines 1 and 0, level 1/2
     assert verdict.confidence == pytest.approx([1 / (1 + np.exp(-3)), 0.5])
     assert verdict.vetoed.tolist() == [True, False]
     assert verdict.familiar
 
 
+def test_of_a_familiar_concept_more_is_needed():
+    plain, implied = AXES[2:3], unit(np.array([[0.0, 0, 0.6, 0.8]]))
+    calibration = by_hand(needed=(0.0, 5.0))
+    assert familiarity(calibration, plain) == pytest.approx(1 - 5 / 6)  # the nearest five less all six
+    assert familiarity(calibration, implied) == pytest.approx((0.8 + 4 * 0.6) / 5 - (0.8 + 5 * 0.6) / 6)  # 0.0067
+    gallery = unit(np.array([[0.0, 0, 0.9, 0], [0.8, 0, 0.6, 0]]))
+    assert judge(calibration, plain, gallery).vetoed.tolist() == [True, False]  # cosines 1 and 0.6, needed 0.83
+    assert judge(calibration, implied, gallery).vetoed.tolist() == [True, True]  # 0.6 and 0.36, needed 0.03
+
+
 def test_an_unfamiliar_concept_vetoes_only_what_stands_out():
-    bold = by_hand(weights=(9.0, 1.0, 0.0, 0.0), familiar=0.5)  # sure of everything
-    known, unknown = unit(np.array([[0.0, 0, 1, 1]])), unit(np.array([[0.3, 0.1, 0, 1.0]]))
-    assert judge(bold, known, AXES).vetoed.all()
-    verdict = judge(bold, unknown, AXES)  # cosines 0.29, 0.10, 0, 0.95; of the bank 0.29 and 0.10: from 0.48 on
+    bold = by_hand(weights=(9.0, 1.0, 0.0, 0.0), familiar=0.1)  # sure of everything
+    assert judge(bold, AXES[2:3], AXES).vetoed.all()
+    verdict = judge(bold, unit(np.array([[0.3, 0.1, 0, 1.0]])), AXES)
     assert not verdict.familiar
-    assert verdict.vetoed.tolist() == [False, False, False, True]
+    assert verdict.vetoed.tolist() == [False, False, False, True]  # cosines 0.29, 0.10, 0, 0.95; needed: 0.48
     assert (verdict.confidence > 0.9).all()
 
 
@@ -164,7 +190,7 @@ def test_several_concepts_in_one_go(reader, fitted):
     shown, _, _ = world(50, seed=9)
     rows = reader.rows_of(shown)
     for text, vetoed in zip(("a dog", "ball"), shows(reader, fitted, rows, ["a dog", "ball"]), strict=True):
-        assert vetoed.tolist() == judge(fitted, reader.embed_texts(phrasings(text)), rows).vetoed.tolist()
+        assert vetoed.tolist() == judge(fitted, embed_concept(reader.embed_texts, text), rows).vetoed.tolist()
     assert shows(reader, fitted, rows, []) == []
     with pytest.raises(ClipmatchError, match="does not say when"):
         shows(reader, replace(fitted, exclusion=None), rows, ["a dog", "ball"])
@@ -201,7 +227,7 @@ def test_concepts_come_out_of_the_captions(reader):
     dog = next(concept for concept in concepts if concept.word == "dog")
     assert not (dog.shown & dog.lacking).any()
     assert dog.shown[shown[:, THINGS.index("dog")] == 0].sum() == 0
-    assert dog.rows.tolist() == reader.embed_texts(phrasings("dog")).tolist()
+    assert dog.rows.tolist() == embed_concept(reader.embed_texts, "dog").tolist()
     assert find_concepts(["one two", "three"], [0, 1], reader.embed_texts) == []
 
 
@@ -249,7 +275,7 @@ def test_what_is_unwanted_goes_and_what_is_wanted_stays(reader, fitted):
         if a == b:
             continue
         both, wanted = (np.flatnonzero(shown[:, a] & (shown[:, b] == side)) for side in (1, 0))
-        vetoed = judge(fitted, reader.embed_texts(phrasings(THINGS[b])), rows).vetoed
+        vetoed = judge(fitted, embed_concept(reader.embed_texts, THINGS[b]), rows).vetoed
         removed.append(vetoed[both].mean())
         kept.append(1 - vetoed[wanted].mean())
         query = reader.embed_texts([THINGS[a]])[0] - 0.5 * reader.embed_texts([THINGS[b]])[0]
@@ -266,7 +292,7 @@ def test_a_concept_that_is_new_to_the_fit(reader, fitted):
     others = [one for one in concepts if one.word != "bench"]
     calibration = replace(fitted, exclusion=fit_exclusion(fitted, rows, others))
     fresh, _, _ = world(400, seed=7)
-    vetoed = judge(calibration, reader.embed_texts(phrasings("bench")), reader.rows_of(fresh)).vetoed
+    vetoed = judge(calibration, embed_concept(reader.embed_texts, "bench"), reader.rows_of(fresh)).vetoed
     there = fresh[:, THINGS.index("bench")] == 1
     assert vetoed[there].mean() > 0.8
     assert vetoed[~there].mean() < 0.25
@@ -274,7 +300,7 @@ def test_a_concept_that_is_new_to_the_fit(reader, fitted):
 
 def test_nonsense_does_not_empty_the_results(reader, fitted):
     shown, _, _ = world(200, seed=8)
-    verdict = judge(fitted, reader.embed_texts(phrasings("xqzt")), reader.rows_of(shown))
+    verdict = judge(fitted, embed_concept(reader.embed_texts, "xqzt"), reader.rows_of(shown))
     assert not verdict.familiar
     assert verdict.vetoed.mean() < 0.02
 
@@ -308,7 +334,7 @@ def test_saved_and_loaded_it_is_the_same(fitted, tmp_path):
     path = fitted.save(tmp_path)
     assert Calibration.load(tmp_path, fitted.fingerprint).exclusion == fitted.exclusion
     values = json.loads(path.read_text())
-    for damaged in ({"weights": [1, 2]}, {**values["exclusion"], "threshold": np.nan}, [1]):
+    for damaged in ({"weights": [1, 2]}, {**values["exclusion"], "needed": [np.nan, 1]}, [1]):
         path.write_text(json.dumps({**values, "exclusion": damaged}))
         with pytest.raises(ClipmatchError, match="damaged"):
             Calibration.load(tmp_path, fitted.fingerprint)

@@ -57,20 +57,21 @@ class Bank:
 class Exclusion:
     """When a picture counts as showing a concept; what the numbers mean is said in `clipmatch.exclusion`.
 
-    weights: those of 1, cosine, context, level. threshold: the confidence, 0..1, from which on a picture is vetoed.
-    familiar: how familiar a concept must be for the weights to hold.
+    weights: those of 1, cosine, context, level. needed: the log odds from which on a picture is vetoed, as a constant
+    and what is added for familiarity. familiar: how familiar a concept must be for all this to hold.
     """
 
     weights: tuple[float, float, float, float]
-    threshold: float
+    needed: tuple[float, float]
     familiar: float
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Exclusion:
-        """What `dataclasses.asdict` gave. Raises ValueError if a number is not finite or not one of four."""
+        """What `dataclasses.asdict` gave. Raises ValueError if numbers are missing or not finite."""
         one, cosine, context, level = (float(weight) for weight in values["weights"])
-        found = cls((one, cosine, context, level), float(values["threshold"]), float(values["familiar"]))
-        if not np.isfinite([*found.weights, found.threshold, found.familiar]).all():
+        constant, slope = (float(part) for part in values["needed"])
+        found = cls((one, cosine, context, level), (constant, slope), float(values["familiar"]))
+        if not np.isfinite([*found.weights, *found.needed, found.familiar]).all():
             raise ValueError("a number of the exclusion is not finite")
         return found
 

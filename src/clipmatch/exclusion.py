@@ -13,27 +13,33 @@ picture by itself whether it shows the concept, from three numbers:
     level      the mean cosine of all the bank's pictures with the concept: some words are near to everything.
 
 A logistic regression makes a confidence of them, from even odds: how often a concept is shown differs from collection
-to collection, so what is known is how far the numbers speak for one or the other. It holds for concepts that captions
-speak of. For another (nonsense, or a thing that the captions never name) only pictures are vetoed that stand out from
-the bank's as a normal distribution would let hardly any: a word that means nothing should not empty the results.
+to collection, so what is known is how far the numbers speak for one or the other. How much confidence is enough depends
+on the concept's familiarity, how near those captions come that name it: where captions say a thing plainly
+("basketball"), the pictures that show it speak for it plainly too, and less is something else; of what captions rather
+imply ("person") less must do. A concept that no captions come near (nonsense, or a thing that they never name) is not
+one of those that the weights were found for. Then only pictures are vetoed that stand out from the bank's as a normal
+distribution would let hardly any: a word that means nothing should not empty the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from clipmatch.calibration import BLOCK, Calibration, Floats, nearest_mean
+from clipmatch.calibration import BLOCK, Calibration, Floats
 from clipmatch.embedder import Embedder
 from clipmatch.errors import ClipmatchError
 
 Integers: TypeAlias = NDArray[np.int64]
 
-PHRASINGS = ("a photo of {}", "{}s")  # the second not for what ends in s already
+EmbedTexts: TypeAlias = Callable[[list[str]], Floats]
+
+PLURAL = "{}s"  # not for what ends in s already
+PHRASINGS = ("a photo of {}", PLURAL)
 # Captions say who is there, not that it is a person; a model that has learnt from them knows no better.
 PEOPLE = ("person", "man", "woman", "boy", "girl")
 HUMAN = frozenset(
@@ -42,6 +48,7 @@ HUMAN = frozenset(
 ARTICLES = ("a ", "an ", "the ", "any ", "some ")
 SHARPNESS = 10.0  # of the soft maximum
 NEIGHBOURS = 10  # pictures of the bank that make a context
+NAMING = 5  # captions of the bank that tell how familiar a concept is
 OUTSTANDING = 3.0  # standard deviations above the bank's mean
 
 
@@ -63,19 +70,30 @@ def shows(
     """For each concept, which pictures [n] are taken to show it. Raises ClipmatchError as `judge` does."""
     rows = np.asarray(gallery_rows, np.float32)
     likest = neighbours(calibration, rows) if calibration.exclusion and len(concepts) > 1 else None
-    return [judge(calibration, embedder.embed_texts(phrasings(text)), rows, likest).vetoed for text in concepts]
+    return [judge(calibration, embed_concept(embedder.embed_texts, text), rows, likest).vetoed for text in concepts]
 
 
-def phrasings(concept: str) -> list[str]:
-    """What a person types after --not -> the texts to embed. Raises ClipmatchError if it is empty."""
+def embed_concept(embed_texts: EmbedTexts, concept: str) -> Floats:
+    """What a person types after --not -> unit rows [p, d], one for each phrasing; the mean where it has several names.
+
+    Raises ClipmatchError if it is empty.
+    """
+    names = names_of(concept)
+    used = [phrasing for phrasing in PHRASINGS if phrasing != PLURAL or not names[0].endswith("s")]
+    rows = embed_texts([phrasing.format(name) for phrasing in used for name in names])
+    means = rows.reshape(len(used), len(names), -1).mean(axis=1)
+    unit: Floats = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return unit
+
+
+def names_of(concept: str) -> tuple[str, ...]:
+    """The bare name of a concept, without an article; of people, several. Raises ClipmatchError if there is none."""
     name = " ".join(concept.split())
     if not name:
         raise ClipmatchError("What is to be left out is empty; type what the photographs should not show.")
     article = next((article for article in ARTICLES if name.lower().startswith(article)), "")
     name = name[len(article) :]
-    names = PEOPLE if name.lower() in HUMAN else (name,)
-    used = PHRASINGS[:1] if name.endswith("s") else PHRASINGS
-    return [phrasing.format(name) for name in names for phrasing in used]
+    return PEOPLE if name.lower() in HUMAN else (name,)
 
 
 def judge(
@@ -102,12 +120,12 @@ def judge(
     if not np.isfinite(evidence).all():
         raise ClipmatchError("An embedding of the concept or of a picture is not finite; check the model.")
     confidence = 1 / (1 + np.exp(-np.clip(evidence, -500, 500)))
-    familiar = familiarity(calibration, concept) >= exclusion.familiar
-    vetoed = confidence >= exclusion.threshold
-    if not familiar:
-        usual = nearness(calibration.pictures, concept)
-        vetoed &= nearness(rows, concept) >= usual.mean() + OUTSTANDING * usual.std()
-    return Verdict(confidence, vetoed, familiar)
+    known = familiarity(calibration, concept)
+    if known >= exclusion.familiar:
+        constant, slope = exclusion.needed
+        return Verdict(confidence, evidence >= constant + slope * known, True)
+    usual = nearness(calibration.pictures, concept)
+    return Verdict(confidence, nearness(rows, concept) >= usual.mean() + OUTSTANDING * usual.std(), False)
 
 
 def features(
@@ -143,10 +161,6 @@ def nearness(rows: Floats, concept_rows: Floats) -> NDArray[np.float64]:
 
 
 def familiarity(calibration: Calibration, concept_rows: Floats) -> float:
-    """How much nearer the bank's nearest captions are to a concept [p, d] than its captions on average.
-
-    Low for what captions don't speak of.
-    """
-    mean = concept_rows.mean(axis=0, keepdims=True)
-    mean /= np.linalg.norm(mean)
-    return float(nearest_mean(mean, calibration.captions)[0] - (calibration.captions @ mean[0]).mean())
+    """How much nearer the bank's few nearest captions are to a concept [p, d] than its captions on average."""
+    cosines = np.sort(nearness(calibration.captions, concept_rows))
+    return float(cosines[-NAMING:].mean() - cosines.mean())

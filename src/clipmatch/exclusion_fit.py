@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.calibration import Calibration, Exclusion, Floats
-from clipmatch.exclusion import Integers, familiarity, features, judge, neighbours, phrasings
+from clipmatch.exclusion import EmbedTexts, Integers, embed_concept, familiarity, features, judge, neighbours
 
-EmbedTexts: TypeAlias = Callable[[list[str]], NDArray[np.float32]]
 Pair: TypeAlias = tuple[int, Integers, Integers]
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")  # letters of any script, with inner hyphens and apostrophes
@@ -111,10 +110,12 @@ def fit_exclusion(calibration: Calibration, image_rows: ArrayLike, concepts: Seq
     if weights[1] <= 0:
         return None
     one, cosine, context, level = (float(weight) for weight in weights)
+    known = np.array([familiarity(calibration, concept.rows) for concept in usable])  # [k]
     evidence = np.stack([table @ weights for table in tables])  # [k, n]
-    threshold = removing(evidence, pairs_of(usable) or alone(usable))
-    familiar = FAMILIAR * float(np.mean([familiarity(calibration, concept.rows) for concept in usable]))
-    return Exclusion((one, cosine, context, level), 1 / (1 + float(np.exp(-threshold))), familiar)
+    typical = [row[concept.shown].mean() for row, concept in zip(evidence, usable, strict=True)]
+    slope = float(np.polyfit(known, typical, 1)[0]) if np.ptp(known) > 0 else 0.0
+    constant = removing(evidence - slope * known[:, None], pairs_of(usable) or alone(usable))
+    return Exclusion((one, cosine, context, level), (constant, slope), FAMILIAR * float(known.mean()))
 
 
 def fit_weights(tables: Sequence[NDArray[np.float64]], concepts: Sequence[Concept]) -> NDArray[np.float64]:
