@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 from click.testing import CliRunner
 

@@ -59,10 +59,7 @@ def find_concepts(captions: Sequence[str], owners: ArrayLike, embed_texts: Embed
     owner = np.asarray(owners, np.int64)
     counts = {word: count for word, count in mentions(captions, owner).items() if is_concept(count, owner)}
     words = sorted(counts, key=lambda word: (-int((counts[word] >= 2).sum()), word))[:MOST]
-    texts = [phrasings(word) for word in words]
-    rows = embed_texts([text for part in texts for text in part]) if texts else np.empty((0, 0), np.float32)
-    parts = np.split(rows, np.cumsum([len(part) for part in texts])[:-1])
-    return [Concept(word, part, counts[word] >= 2, counts[word] == 0) for word, part in zip(words, parts, strict=False)]
+    return [Concept(word, embed_concept(embed_texts, word), counts[word] >= 2, counts[word] == 0) for word in words]
 
 
 def mentions(captions: Sequence[str], owner: Integers) -> dict[str, Integers]:
