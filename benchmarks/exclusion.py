@@ -35,9 +35,10 @@ from clipmatch.calibration_fit import BANK, likeness, make_bank
 from clipmatch.data import content_hash, load_captions, split_captions
 from clipmatch.embedder import load_model
 from clipmatch.exclusion import embed_concept, familiarity, judge
-from clipmatch.exclusion_fit import AGREEMENT, REMOVED, Concept, find_concepts, fit_exclusion, pairs_of, removing
+from clipmatch.exclusion_fit import AGREEMENT, Concept, find_concepts, fit_exclusion, pairs_of, removing
 
 CONCEPTS = Path(__file__).with_name("exclusion_concepts.json")
+GOAL = 0.9  # of unwanted pictures to be removed
 PLENTY = 8  # pictures of each kind that a question needs
 FIRST = 5  # the same among the pictures that are listed first
 LAMBDAS = (0.3, 0.5, 1.0)
@@ -190,7 +191,7 @@ def ranked(asked, score_of, kept):
 def ideal(asked, scores):
     """Kept if each question had the threshold that removes 90 % of its unwanted pictures."""
     return np.array(
-        [float((scores[b][wanted] < np.quantile(scores[b][both], 1 - REMOVED)).mean()) for _, b, both, wanted in asked]
+        [float((scores[b][wanted] < np.quantile(scores[b][both], 1 - GOAL)).mean()) for _, b, both, wanted in asked]
     )
 
 

@@ -244,7 +244,7 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
     if images:
         shorten(matches, images)
     report_failures(write_matches(matches, chosen, first=1 + (request.page - 1) * request.top_k))
-    explain(matches)
+    explain(matches, request)
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def shorten(matches: Matches, images: Sequence[str]) -> None:
     spoken(matches, {absolute(folder): Path(folder) for folder in images})
 
 
-def explain(matches: Matches) -> None:
+def explain(matches: Matches, request: Request) -> None:
     """What was left out, and why nothing may be left, on stderr."""
     if matches.vetoed:
         many = "s" * (matches.vetoed > 1)
@@ -297,14 +297,14 @@ def explain(matches: Matches) -> None:
         return
     if not matches.searched:
         click.echo("No photograph passes the filters.", err=True)
-    elif matches.best and matches.best.confidence is not None:
+    elif request.page == 1 and matches.best and matches.best.confidence is not None:
         click.echo(
             f"No photograph seems to show {matches.query!r}: the best has a confidence of "
             f"{matches.best.confidence:.2f}; a lower --min-confidence shows it.",
             err=True,
         )
     else:
-        click.echo("No more matches.", err=True)
+        click.echo("No more matches." if request.page > 1 else "No photograph is left.", err=True)
 
 
 @click.command("duplicates")

@@ -101,7 +101,8 @@ class BatchedEmbedder(ABC):
     """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
 
     A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
-    model folder that it was loaded from, if there is one. name: what loads it again wherever it is asked from.
+    model folder that it was loaded from, if there is one. name: what `load_model` loads it by, from any directory; None
+    for the one that comes with clipmatch.
     logit_scale: the factor between cosine and logit that it was trained with.
     """
 
@@ -335,8 +336,15 @@ def load_model(
     """
     if name is None:
         return load_folder(embedded_folder(), device, precision)
-    folder = find_local(name)
-    config = folder / CONFIG if folder else hub_config(str(name)) if is_hub_name(name) else None
+    found = find_local(name)
+    embedder = load_named(str(name), found, device, precision)
+    embedder.name = str(found.absolute() if found else name)
+    return embedder
+
+
+def load_named(name: str, folder: Path | None, device: str | None, precision: str | None) -> BatchedEmbedder:
+    """A model in a local folder, or on the hub if that is None."""
+    config = folder / CONFIG if folder else hub_config(name) if is_hub_name(name) else None
     if config and kind_of(config) == "transformers":
         from clipmatch.pretrained import load_pretrained
 

@@ -32,7 +32,7 @@ FEWEST = 8  # pictures that show a concept; concepts that can be fitted
 COMMON = 5  # pictures of a pair of concepts that show both, and that show the first without the second
 MOST = 300  # concepts: the most frequent ones
 PICTURES = 2000  # that a fit looks at: more change nothing
-REMOVED = 0.9  # of the pictures that show what is excluded: what the threshold is set for
+REMOVED = 0.91  # of what is excluded, on the fit's own pictures and concepts: of others it is 0.9
 FAMILIAR = 2 / 3  # of the familiarity that the fit's concepts have on average: less is not what it was fitted for
 RIDGE = 1e-3  # against weights that run away where concepts are perfectly separable
 

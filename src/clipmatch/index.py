@@ -136,7 +136,8 @@ class Index:
 
     def answer(self, query: Query, request: Request) -> Matches:
         """`find`, for a query and a request that are made already."""
-        return search(self.store, self.gallery(), self.embedder, self.calibration, query, request)
+        with self.store.snapshot():
+            return search(self.store, self.gallery(), self.embedder, self.calibration, query, request)
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.
@@ -157,11 +158,12 @@ class Index:
 
     def duplicates(self, where: Filter | None = None) -> list[list[Photo]]:
         """Groups of near-duplicates, the largest group first, in each the photograph with the most pixels first."""
-        gallery = self.gallery()
-        if where:
-            gallery = gallery.part(gallery.places(self.store.numbers(where)))
-        groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
-        found = [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
+        with self.store.snapshot():
+            gallery = self.gallery()
+            if where:
+                gallery = gallery.part(gallery.places(self.store.numbers(where)))
+            groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
+            found = [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
         return [sorted(group, key=pixels, reverse=True) for group in found]
 
     def reembed(self, model: str | Path | Embedder | None = None, progress: bool = True) -> Summary:

@@ -235,7 +235,9 @@ def check_model(store: Store, embedder: Embedder) -> None:
     bound = store.model
     if bound and bound.fingerprint != embedder.fingerprint:
         named = f"--model {bound.name}" if bound.name else "no --model, in the version of clipmatch that made it"
+        own = getattr(embedder, "name", None)
+        change = "clipmatch index --reembed" + (f" --model {own}" if own else "")
         raise ClipmatchError(
             f"The index {store.path} holds the vectors of another model: search it with {named}, or change it over "
-            f"with: clipmatch index --reembed"
+            f"with: {change}"
         )

@@ -374,7 +374,7 @@ class Store:
     def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
         """The content token, and numbers [n] (rising) and unit rows [n, d] of all photographs, of one moment."""
         model = self.model
-        with self._snapshot():
+        with self.snapshot():
             content, count = self.content, len(self)
             numbers = np.empty(count, np.int64)
             rows = np.empty((count, model.dim if model else 0), np.float32)
@@ -406,7 +406,11 @@ class Store:
     # SQLite
 
     @contextmanager
-    def _snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[None]:
+        """All that is read within is of one moment, whatever another process writes meanwhile."""
+        if self._db.in_transaction:
+            yield
+            return
         with reading_errors(self.path):
             self._db.execute("BEGIN")
             try:
