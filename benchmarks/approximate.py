@@ -76,7 +76,7 @@ class Faiss:
         self.faiss.omp_set_num_threads(usable_cores())
         index = self.faiss.index_factory(rows.shape[1], self.factory, self.faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            some = np.random.default_rng(0).permutation(len(rows))[:100_000]
+            some = np.random.default_rng(0).permutation(len(rows))[:200_000]
             index.train(rows[np.sort(some)])
         index.add(rows)
         self.faiss.write_index(index, str(path))

@@ -1,5 +1,6 @@
 """Queries, and what is found."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,17 @@ import pytest
 from colours import ColourEmbedder, paint
 from PIL import Image
 
+from clipmatch import search
 from clipmatch.calibration import Bank, Calibration
-from clipmatch.crawl import list_images
+from clipmatch.crawl import Stamp, list_images
 from clipmatch.embedder import Failure, ImageEmbeddings, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index, find_matches
+from clipmatch.metadata import Metadata
 from clipmatch.preprocess import load_image
 from clipmatch.query import Term, parse_query
 from clipmatch.search import Matches
+from clipmatch.store import Filter, ModelName, Photo
 
 
 def test_best_first(photos):
@@ -246,3 +250,69 @@ def test_confidence_of_an_example(index):
     index.embedder.calibration = Calibration((0.0, 10.0, -10.0, 0.0), 0.99, Bank(axes[:1], axes[2:]), "colours")
     with pytest.raises(ClipmatchError, match="Confidence is known for sentences only"):
         ask(index, next(iter(index)).path, min_confidence=0.5)
+
+
+# Very many photographs
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """An index of 400 rows that counts as very large: photograph N has its own direction, a little noisy."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("clipmatch.approximate.LEAST", 100)
+    monkeypatch.setattr("clipmatch.search.CANDIDATES", 20)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(400, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    class Numbered(ColourEmbedder):
+        dim = 16
+
+        def embed_texts(self, texts, progress=False):
+            return np.stack([rows[int(text.removeprefix("photo "))] for text in texts])
+
+    with Index.open(tmp_path / "large.sqlite", Numbered("numbered")) as index:
+        index.store.bind(ModelName("numbered", 16))
+        photos = [
+            Photo(Path(f"/photos/{number}.jpg"), f"{number:064x}", Stamp(1, 1, 0), Metadata(width=8, height=8), number)
+            for number in range(400)
+        ]
+        index.store.upsert(photos, "numbered", {photo.digest: rows[at] for at, photo in enumerate(photos)}, {})
+        assert index.derive()
+        yield index
+
+
+def test_a_very_large_gallery_is_searched_among_candidates(large, monkeypatch):
+    looked_at = []
+    compare = search.rank
+    monkeypatch.setattr("clipmatch.search.rank", lambda *given: looked_at.append(len(given[0])) or compare(*given))
+    settings = {"top_k": 2, "duplicates": "show"}
+    for number in (0, 123, 399):
+        assert large.find(f"photo {number}", **settings)[0].path == Path(f"/photos/{number}.jpg")
+    assert looked_at == [20, 20, 20]
+    found = large.find("photo 5", **settings)
+    assert (found.searched, found[0].score) == (400, pytest.approx(1, abs=1e-5))
+    where = Filter(folders=(Path("/photos/7.jpg"), Path("/photos/8.jpg")))
+    assert [match.path.name for match in large.find("photo 8", where=where, **settings)] == ["8.jpg", "7.jpg"]
+    assert looked_at[-1] == 2  # what passes a filter is compared as a whole
+    assert large.find("photo 5", hybrid=True, top_k=40, duplicates="show")[0].path == Path("/photos/5.jpg")
+
+
+def test_the_approximate_index_may_be_lost_stale_or_damaged(large, monkeypatch):
+    [path] = large.store.path.parent.glob("large.sqlite.*.ivf")
+    whole = path.read_bytes()
+    path.write_bytes(b"no index")
+    assert large.find("photo 3")[0].path == Path("/photos/3.jpg")
+    path.unlink()
+    assert large.find("photo 3")[0].path == Path("/photos/3.jpg")
+    assert large.derive()
+    assert path.read_bytes() == whole
+    large.store.delete([Path("/photos/3.jpg")])
+    assert large.find("photo 3")[0].path != Path("/photos/3.jpg")
+    assert large.derive()
+    assert len(list(path.parent.glob("large.sqlite.*.ivf"))) == 1
+    assert not path.exists()
+    large.store.delete([Path("/photos/4.jpg")])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert not large.derive()
+    assert large.find("photo 5")[0].path == Path("/photos/5.jpg")

@@ -93,11 +93,16 @@ class Calibration:
     exclusion: Exclusion | None = None
 
     def probabilities(
-        self, query_row: ArrayLike, gallery_rows: ArrayLike, background: ArrayLike | None = None
+        self,
+        query_row: ArrayLike,
+        gallery_rows: ArrayLike,
+        background: ArrayLike | None = None,
+        searched: int | None = None,
     ) -> NDArray[np.float64]:
         """A query [d] and the pictures searched [n, d], unit rows -> [n], each picture's probability of being meant.
 
-        background: what `background(gallery_rows)` gave, so that many queries pay for it once. All else being equal, a
+        background: what `background(gallery_rows)` gave, so that many queries pay for it once. searched: how many
+        pictures the collection has, where these are but the likeliest of it. All else being equal, a
         higher cosine means a higher probability, and a lower one for the other pictures. The sum is the probability
         that the collection holds what is asked for, except that pictures that look alike each have all of theirs.
 
@@ -114,7 +119,8 @@ class Calibration:
         if not np.isfinite(scores).all():
             raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
         settled = self.background(rows) if background is None else np.asarray(background, np.float32)
-        return self._choose(self._evidence(scores, settled, self.familiarity(query[None])[0]), rows)
+        evidence = self._evidence(scores, settled, self.familiarity(query[None])[0])
+        return self._choose(evidence, rows, searched or len(rows))
 
     def background(self, gallery_rows: ArrayLike) -> Floats:
         """Pictures [n, d] -> [n]: mean cosine of each with the nearest captions of the bank; high for a hub."""
@@ -192,12 +198,12 @@ class Calibration:
         constant, cosine, picture, query = self.weights
         return cosine * scores.astype(np.float64) + picture * background + (constant + query * familiarity)
 
-    def _choose(self, evidence: NDArray[np.float64], rows: Floats) -> NDArray[np.float64]:
+    def _choose(self, evidence: NDArray[np.float64], rows: Floats, searched: int) -> NDArray[np.float64]:
         """Evidence [n] -> probabilities [n] by the module's formula, where look-alikes are no rivals of each other."""
         count = len(evidence)
         top = max(float(evidence.max()), 0.0)  # so that no exponential overflows
         odds = np.exp(evidence - top)
-        rivals = np.full(count, count * np.exp(-top) + odds.sum())
+        rivals = np.full(count, searched * np.exp(-top) + odds.sum())
         best = np.argpartition(-evidence, RIVALS - 1)[:RIVALS] if count > RIVALS else np.arange(count)
         same = (rows[best] @ rows[best].T >= self.alike).astype(np.float64)
         np.fill_diagonal(same, 0)

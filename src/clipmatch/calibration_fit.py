@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.calibration import Bank, Calibration, Floats
 from clipmatch.errors import ClipmatchError
-from clipmatch.exclusion_fit import PICTURES, Concept, fit_exclusion, measure_exclusion
+from clipmatch.exclusion_fit import PICTURES, Concept, fit_exclusion
 
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -77,13 +77,9 @@ def calibrate(
         for here, there in (halves, halves[::-1])
     ]
     calibration = fit(*only(order, *rows), bank, fingerprint=fingerprint, seed=seed)
-    figures = figures_of(join(measured))
     seen = order[:PICTURES]
-    images, known = rows[0][seen], [concept.among(seen) for concept in concepts]
-    exclusion = fit_exclusion(calibration, images, known)
-    if exclusion is not None:
-        figures["exclusion"] = measure_exclusion(calibration, images, known, seed)
-    return replace(calibration, split_hash=split_hash, figures=figures, exclusion=exclusion)
+    exclusion = fit_exclusion(calibration, rows[0][seen], [concept.among(seen) for concept in concepts])
+    return replace(calibration, split_hash=split_hash, figures=figures_of(join(measured)), exclusion=exclusion)
 
 
 def fit(

@@ -1,8 +1,8 @@
-"""Fitting when a picture counts as showing a concept, and measuring how well that excludes.
+"""Fitting when a picture counts as showing a concept.
 
-In: captioned pictures that the model was not trained on. Out: an `Exclusion`, and what share of unwanted pictures it
-removes and of wanted ones it keeps, for concepts and pictures that it was not fitted on. The concepts are words of the
-captions: no list and no language is built in. Shapes: n pictures, m captions, k concepts, p phrasings, d numbers a row.
+In: captioned pictures that the model was not trained on. Out: an `Exclusion`. The concepts are words of the captions:
+no list and no language is built in. How well it excludes is measured by benchmarks/exclusion.py. Shapes: n pictures, m
+captions, k concepts, p phrasings, d numbers a row.
 
 A word is a concept if captions agree on it: of two captions of one picture, where one has it, the other has it more
 often than not. Words of grammar occur by chance and fail; names of what can be seen pass. A picture shows the concept
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.calibration import Calibration, Exclusion, Floats
-from clipmatch.exclusion import EmbedTexts, Integers, embed_concept, familiarity, features, judge, neighbours
+from clipmatch.exclusion import EmbedTexts, Integers, embed_concept, familiarity, features, neighbours
 
 Pair: TypeAlias = tuple[int, Integers, Integers]
 
@@ -186,34 +186,3 @@ def removing(evidence: NDArray[np.float64], pairs: Sequence[Pair]) -> float:
     order = np.argsort(-values)
     place = int(np.searchsorted(np.cumsum(share[order]), REMOVED - 1e-9))
     return float(values[order][min(place, len(order) - 1)])
-
-
-# Measuring
-
-
-def measure_exclusion(
-    calibration: Calibration, image_rows: ArrayLike, concepts: Sequence[Concept], seed: int = 0
-) -> dict[str, float] | None:
-    """Fits on half of the pictures and half of the concepts, asked of the other halves -> figures, fractions of 1.
-
-    removed: of the pictures that show A and B, asked for "A but not B", averaged over such pairs; kept: of those that
-    show A and lack B. A is any concept, B one that the fit has not seen. None if no pair has pictures enough.
-    """
-    images, rng = np.asarray(image_rows, np.float32), np.random.default_rng(seed)
-    pictures = np.array_split(rng.permutation(len(images)), 2)
-    words = np.array_split(rng.permutation(len(concepts)), 2)
-    removed, kept = [], []
-    for here, there in (pictures, pictures[::-1]):
-        for known, new in (words, words[::-1]):
-            exclusion = fit_exclusion(calibration, images[here], [concepts[at].among(here) for at in known])
-            asked = [concept.among(there) for concept in concepts]
-            pairs = pairs_of(asked, new.tolist())
-            if exclusion is None or not pairs:
-                continue
-            ready = replace(calibration, exclusion=exclusion)
-            vetoed = {b: judge(ready, asked[b].rows, images[there]).vetoed for b in {pair[0] for pair in pairs}}
-            removed += [float(vetoed[b][both].mean()) for b, both, _ in pairs]
-            kept += [1 - float(vetoed[b][wanted].mean()) for b, _, wanted in pairs]
-    if not removed:
-        return None
-    return {"pairs": len(removed), "removed": float(np.mean(removed)), "kept": float(np.mean(kept))}

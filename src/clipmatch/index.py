@@ -14,6 +14,7 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from clipmatch.approximate import build_approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, Failure, load_model
@@ -114,7 +115,9 @@ class Index:
                 self.store.add_root(root)
             if not (roots or self.store.roots()):
                 raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR")
-            return update(self.store, embedder, roots or self.store.roots(), progress)
+            summary = update(self.store, embedder, roots or self.store.roots(), progress)
+            self.derive()
+        return summary
 
     def find(
         self,
@@ -175,12 +178,18 @@ class Index:
         embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
         with self.store.writer():
             summary = reembed(self.store, embedder, name_of(embedder), progress)
-        self._embedder = embedder
+            self._embedder = embedder
+            self.derive()
         return summary
 
     def gallery(self) -> Gallery:
         """What is searched, as it is now."""
         return open_gallery(self.store, self.calibration)
+
+    def derive(self) -> bool:
+        """Make the files that searches are quicker with -> whether all that this many rows need are there."""
+        with self.store.snapshot():
+            return build_approximate(self.store.path, self.store.content, self.gallery())
 
     @property
     def calibration(self) -> Calibration | None:

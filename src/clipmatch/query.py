@@ -56,6 +56,16 @@ class Query:
         """Whether every term is a sentence."""
         return not any(term.image for term in self.terms)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are sentences and examples."""
+        return len({term.image is None for term in self.terms}) > 1
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The weights [t] of the terms."""
+        return np.array([term.weight for term in self.terms], np.float32)
+
     def vectors(self, embedder: Embedder) -> NDArray[np.float32]:
         """Unit rows [t, d] of the terms. Raises ClipmatchError when an example can't be read."""
         texts = [term.text for term in self.terms if not term.image]

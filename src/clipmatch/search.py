@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.approximate import CANDIDATES, nearest
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder, Failure
@@ -132,19 +133,35 @@ def search(
         gallery = gallery.part(gallery.places(store.numbers(request.where)))
     if not len(gallery):
         return Matches(str(query), [])
-    ranking = rank(gallery, query.vectors(embedder), query, calibration)
+    rows = query.vectors(embedder)
+    named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
+    searched = len(gallery)
+    if not request.where:
+        gallery = narrowed(store, gallery, query, rows, named, request)
+    ranking = rank(gallery, rows, query, calibration, searched)
     order = ranking.order()
     allowed = permitted(gallery, embedder, calibration, request.exclude)
     order = order[allowed[order]]
     best = match_of(store, gallery, ranking, order[:1]) if len(order) else None
     if request.min_confidence is not None and ranking.confidences is not None:
         order = order[ranking.confidences[order] >= request.min_confidence]
-    if request.hybrid and query.text:
-        named = gallery.places(np.array(store.named(query.text, WORDS), np.int64))
-        order = fuse(order, named[allowed[named]])
+    if len(named):
+        places = gallery.places(named)
+        order = fuse(order, places[allowed[places]])
     found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
     vetoed = int(np.count_nonzero(~allowed))
-    return Matches(str(query), found, best=best, searched=len(gallery), vetoed=vetoed)
+    return Matches(str(query), found, best=best, searched=searched, vetoed=vetoed)
+
+
+def narrowed(
+    store: Store, gallery: Gallery, query: Query, rows: NDArray[np.float32], named: NDArray[np.int64], request: Request
+) -> Gallery:
+    """Of a very large gallery, what is worth comparing: the probably nearest and the photographs with these numbers."""
+    if query.is_mixed:
+        return gallery
+    most = max(CANDIDATES, request.page * request.top_k * POOL)
+    places = nearest(store.path, store.content, gallery, sum_of_terms(query, rows), most)
+    return gallery if len(places) == len(gallery) else gallery.part(np.union1d(places, gallery.places(named)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
@@ -159,22 +176,29 @@ def need_calibration(calibration: Calibration | None, query: Query, request: Req
         raise ClipmatchError("Confidence is known for sentences only; leave out --min-confidence or the example.")
 
 
-def rank(gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None) -> Ranking:
-    """Terms' unit rows [t, d] -> how well each photograph matches.
+def rank(
+    gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None, searched: int
+) -> Ranking:
+    """Terms' unit rows [t, d] -> how well each photograph matches. searched: photographs that the gallery stands for.
 
     Sentences, or examples, are added up as vectors. Cosines of a sentence are of another size than those of an
     example, so where both occur each term's are standardised over the gallery first.
     """
-    weights = np.array([term.weight for term in query.terms], np.float32)
-    if len({term.image is None for term in query.terms}) > 1:
+    if query.is_mixed:
+        weights = query.weights
         cosines = gallery.rows @ rows.T  # [n, t]
         spread = np.maximum(cosines.std(axis=0), 1e-6)
         return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
-    row = weights @ rows
-    row /= max(float(np.linalg.norm(row)), 1e-6)
+    row = sum_of_terms(query, rows)
     calibrated = calibration if query.is_text else None
-    confidences = calibrated.probabilities(row, gallery.rows, gallery.background) if calibrated else None
+    confidences = calibrated.probabilities(row, gallery.rows, gallery.background, searched) if calibrated else None
     return Ranking(gallery.rows @ row, confidences)
+
+
+def sum_of_terms(query: Query, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Terms' unit rows [t, d] -> one unit row [d], each term by its weight."""
+    row: NDArray[np.float32] = query.weights @ rows
+    return row / max(float(np.linalg.norm(row)), 1e-6)
 
 
 def permitted(
