@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipmatch.demo import QUERIES
+from clipmatch.demo import QUERIES, sample_photographs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,3 +78,22 @@ def test_the_sample_search_is_real(demo):
     assert len(best) == len(claimed) == 3 * len(QUERIES)
     assert sum(one == other for one, other in zip(best, claimed, strict=True)) >= 2 * len(QUERIES)
     assert lines[-1] == shown[-1]  # where the page is
+
+
+def test_the_sample_session_is_real(tmp_path):
+    """Command by command: the same lines, with the same photographs first; processors round differently."""
+    shutil.copytree(sample_photographs()[0].parent, tmp_path / "Pictures")
+    parts = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", blocks("console")[1], re.MULTILINE)
+    assert len(parts) == 5
+    for command, shown in parts:
+        done = run(shlex.split(command), tmp_path)
+        printed = done.stdout.replace(str(tmp_path), "/home/you")
+        assert done.returncode == 0, done.stderr
+        assert len(printed.splitlines()) == len(shown.splitlines())
+        if "--not" in command:
+            assert "left out for what they show" in done.stderr
+        if command.startswith("clipmatch find"):
+            scores = [[float(score) for score in re.findall(r"\d\.\d+", part)] for part in (printed, shown)]
+            assert scores[0] == pytest.approx(scores[1], abs=0.05)
+            printed, shown = (re.findall(r"^ +1 .* (/.*)$", part, re.MULTILINE) for part in (printed, shown))
+        assert printed == shown
