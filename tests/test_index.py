@@ -121,8 +121,7 @@ def test_a_copy_shares_the_vector(index, model, photos):
     shutil.copy(photos / "red.png", photos / "again.png")
     assert index.update(progress=False).added == 1
     assert model.seen == []
-    (match, *_) = index.find("red")
-    assert {match.path.name, *(path.name for path in match.duplicates)} == {"red.png", "again.png"}
+    assert set(names(index.find("red", top_k=2, duplicates="show"))) == {"red.png", "again.png"}
 
 
 def test_a_deleted_file_leaves_and_a_changed_one_is_embedded_anew(index, model, photos):
@@ -281,7 +280,7 @@ def start_slow(path, folder):
 
 
 def wait_for_rows(path, least):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300  # on a busy machine too
     while time.monotonic() < end:
         if path.is_file():
             with sqlite3.connect(path) as store:
@@ -329,7 +328,7 @@ def test_one_writes_and_others_read(many, tmp_path):
             with pytest.raises(ClipmatchError, match=r"Another clipmatch is writing the index .*; try again later"):
                 reader.update(wait=False, progress=False)
     finally:
-        writer.wait(60)
+        writer.wait(300)
     assert writer.returncode == 0
 
 
@@ -338,8 +337,8 @@ def test_a_second_writer_waits_and_says_so(many, tmp_path):
     first = start_slow(path, many)
     wait_for_rows(path, 2)
     second = start_slow(path, many)
-    _, said = second.communicate(timeout=120)
-    assert first.wait(60) == 0
+    _, said = second.communicate(timeout=300)
+    assert first.wait(300) == 0
     assert "Another clipmatch is writing the index" in said
     assert second.returncode == 0
     with Index.open(path, ColourEmbedder()) as index:
