@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def main() -> None:
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # a photograph's odd EXIF concerns nobody
 
 
 main.add_command(index_command)
