@@ -100,7 +100,7 @@ def report_update(index: Index, folders: Sequence[str], exclude: Sequence[str], 
     summary = index.update(folders, exclude, follow_links)
     report_failures(summary.failures)
     click.echo(f"{summary}; {len(index)} photographs in the index")
-    if not index.derive():
+    if not summary.derived:
         click.echo('With so many, pip install "clipmatch[scale]" makes queries quicker.', err=True)
 
 

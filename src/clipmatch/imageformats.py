@@ -26,6 +26,7 @@ NEEDED = '{} pictures need {}, which is not installed: pip install "clipmatch[ph
 NEEDED_HEIF = NEEDED.format("HEIC", "pillow-heif")
 NEEDED_RAW = NEEDED.format("RAW", "rawpy")
 NEEDED_AVIF = "AVIF pictures need a Pillow that was built with AVIF: pip install --upgrade --force-reinstall pillow"
+LACKING = frozenset((NEEDED_HEIF, NEEDED_RAW, NEEDED_AVIF))
 
 ORIENTATION = {0: 1, 3: 3, 5: 8, 6: 6}  # how LibRaw says which way up -> how EXIF does
 RAW_SIZE = "raw_size"  # in `info` of an opened RAW file: width and height of the photograph, upright

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from platformdirs import user_data_path
-
 from clipmatch.approximate import build_approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
@@ -24,13 +22,8 @@ from clipmatch.ingest import Summary, check_model, reembed, update
 from clipmatch.query import Query, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
-from clipmatch.store import Filter, ModelName, Photo, Root, Store
+from clipmatch.store import Filter, ModelName, Photo, Root, Store, default_index
 from clipmatch.vectors import Gallery, open_gallery
-
-
-def default_index() -> Path:
-    """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
-    return Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
 
 
 class Index:
@@ -116,7 +109,7 @@ class Index:
             if not (roots or self.store.roots()):
                 raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR")
             summary = update(self.store, embedder, roots or self.store.roots(), progress)
-            self.derive()
+            summary.derived = self.derive()
         return summary
 
     def find(
@@ -140,6 +133,7 @@ class Index:
     def answer(self, query: Query, request: Request) -> Matches:
         """`find`, for a query and a request that are made already."""
         with self.store.snapshot():
+            check_model(self.store, self.embedder)  # another process may have changed it
             return search(self.store, self.gallery(), self.embedder, self.calibration, query, request)
 
     def remove(self, folder: str | Path) -> int:
@@ -189,6 +183,7 @@ class Index:
     def derive(self) -> bool:
         """Make the files that searches are quicker with -> whether all that this many rows need are there."""
         with self.store.snapshot():
+            check_model(self.store, self.embedder)
             return build_approximate(self.store.path, self.store.content, self.gallery())
 
     @property
@@ -220,15 +215,16 @@ def open_folders(
     listed = [images] if isinstance(images, str | Path) else list(images)
     if not listed:
         raise ClipmatchError("The list of images is empty; name at least one.")
-    alone = len(listed) == 1  # a wrong name among many is a failure, alone it is an error
-    missing = [] if alone else [Path(path) for path in listed if not absolute(path).exists()]
+    missing = [Path(path) for path in listed if not absolute(path).exists()]
+    if len(missing) == len(listed):  # some of many are failures
+        raise ClipmatchError(f"The image folder {absolute(missing[0])} does not exist; check its name.")
     roots = [Root(absolute(path)) for path in listed if Path(path) not in missing]
     embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
     with Index.open(cache_folder() / "indexes" / f"{embedder.fingerprint}.sqlite", embedder) as index:
         with index.store.writer():
             if index.store.model is None:
                 index.store.bind(name_of(embedder))
-            summary = update(index.store, embedder, roots, progress)
+            summary = update(index.store, embedder, roots, progress, keep_empty=False)
         summary.failures += [Failure(path, "does not exist") for path in missing]
         if not len(index.store.numbers(Filter(folders=tuple(map(absolute, listed))))):
             raise nothing_to_search(Path(listed[0]), summary)

@@ -9,7 +9,10 @@ file has gone, and only what is new is embedded. Each batch is one transaction, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +24,12 @@ from tqdm import tqdm
 
 from clipmatch.crawl import Found, Stamp, walk
 from clipmatch.embedder import Embedder, Failure
-from clipmatch.errors import ClipmatchError, reason_of
-from clipmatch.imageformats import missing_library
+from clipmatch.errors import ClipmatchError
+from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.metadata import Metadata
-from clipmatch.preprocess import ImageError, open_photo, read_header
+from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
-from clipmatch.store import ModelName, Photo, Root, Store
+from clipmatch.store import ModelName, Photo, Root, Store, default_index
 
 BATCH = 128  # files between two commits: what an interruption can cost
 SHOWN = 64  # files from which on there is a progress bar
@@ -35,7 +38,10 @@ READ = 1 << 20  # bytes hashed at once
 
 @dataclass
 class Summary:
-    """What an update did, in numbers of files. failures: files and folders that can't be used, and why."""
+    """What an update did, in numbers of files. failures: files and folders that can't be used, and why.
+
+    derived: whether all files are there that make searches quicker.
+    """
 
     added: int = 0
     moved: int = 0
@@ -43,114 +49,151 @@ class Summary:
     unchanged: int = 0
     removed: int = 0
     failures: list[Failure] = field(default_factory=list)
+    derived: bool = True
 
     def __str__(self) -> str:
         names = ("added", "moved", "changed", "unchanged", "removed")
         return ", ".join([f"{getattr(self, name)} {name}" for name in names] + [f"{len(self.failures)} failed"])
 
 
-def update(store: Store, embedder: Embedder, roots: Sequence[Root], progress: bool = True) -> Summary:
+def update(
+    store: Store, embedder: Embedder, roots: Sequence[Root], progress: bool = True, keep_empty: bool = True
+) -> Summary:
     """Make the store what the folders are now.
 
-    Photographs that are gone are forgotten, except where a folder can't be read or has become empty as a whole, as the
-    place of a disk does that is not plugged in: then they stay, and a failure says so.
-    Raises ClipmatchError when a folder does not exist, or the store is bound to another model.
+    Photographs that are gone are forgotten, except where a folder can't be read or, with `keep_empty`, is missing or has
+    become empty as a whole, as the place of a disk does that is not plugged in: then they stay, and a failure says so.
+    Raises ClipmatchError when the store is bound to another model.
     """
     check_model(store, embedder)
     summary = Summary()
-    work: list[Found] = []
-    gone: set[Path] = set()
-    known: set[Path] = set()
-    for root in roots:
-        there = compare(store, root, summary)
-        work += there.fresh
-        gone |= there.gone
-        known |= there.known
-    contents = {} if not gone else digests_of(store, gone)
-    arrived: set[str] = set()
-    with tqdm(total=len(work), desc="photographs", unit="img", disable=not progress or len(work) < SHOWN) as bar:
-        for start in range(0, len(work), BATCH):
-            batch = work[start : start + BATCH]
+    there = compare(store, roots, summary, keep_empty)
+    left = Counter(there.gone.values())  # contents that a moved file can bring back
+    with tqdm(
+        total=len(there.fresh), desc="photographs", unit="img", disable=not progress or len(there.fresh) < SHOWN
+    ) as bar:
+        for start in range(0, len(there.fresh), BATCH):
+            batch = there.fresh[start : start + BATCH]
             photos, failures = ingest(store, embedder, batch)
             for photo in photos:
-                if photo.path in known:
+                if photo.path in there.known:
                     summary.changed += 1
-                elif photo.digest in contents and photo.digest not in arrived:
+                elif left[photo.digest]:
                     summary.moved += 1
-                    arrived.add(photo.digest)
+                    left[photo.digest] -= 1
                 else:
                     summary.added += 1
             summary.failures += failures
             bar.update(len(batch))
-    summary.removed += len(gone) - summary.moved
-    if gone:
-        store.delete(gone)
+    summary.removed += len(there.gone) - summary.moved
+    if there.gone or there.mended:
+        store.delete([*there.gone, *there.mended])
     return summary
 
 
 def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
-    """Give every content a vector by another model, then bind the store to it; what is there already is kept."""
+    """Give every content a vector by another model, then bind the store to it; what is there already is kept.
+
+    Raises ClipmatchError, and leaves the store with its model, when photographs can't be read that were never found to
+    be damaged, as on a disk that is not plugged in.
+    """
     summary = Summary()
     missing = store.not_embedded(name.fingerprint)
     with tqdm(total=len(missing), desc="photographs", unit="img", disable=not progress or len(missing) < SHOWN) as bar:
         for start in range(0, len(missing), BATCH):
             batch = {photo.path: photo for photo in missing[start : start + BATCH]}
             done = embedder.embed_images(list(batch), progress=False)
-            rows = {batch[path].digest: row for path, row in zip(done.paths, done.rows, strict=True)}
+            pairs = zip(done.paths, done.rows, strict=True)
+            rows = {batch[path].digest: row for path, row in pairs if np.isfinite(row).all()}
             store.upsert([], name.fingerprint, rows, {})
             summary.changed += len(rows)
             summary.failures += done.failures
             bar.update(len(batch))
+    absent = [failure.path for failure in summary.failures if not os.access(failure.path, os.R_OK)]
+    if absent:
+        raise ClipmatchError(
+            f"{len(absent)} photographs can't be read now, such as {absent[0]}; the index still answers with the old "
+            "model. Plug in what is missing, or bring the index up to date with clipmatch index, and try again."
+        )
     store.bind(name)
     return summary
 
 
 @dataclass
 class Comparison:
-    """A folder on disk against the store. fresh: new or changed files. gone, known: paths in the store."""
+    """Folders on disk against the store. fresh: new or changed files. known: photographs in the store.
 
-    fresh: list[Found]
-    gone: set[Path]
-    known: set[Path]
+    gone: photographs whose files are not there any more, and their contents. mended: files that failed once and are gone.
+    """
+
+    fresh: list[Found] = field(default_factory=list)
+    known: set[Path] = field(default_factory=set)
+    gone: dict[Path, str] = field(default_factory=dict)
+    mended: set[Path] = field(default_factory=set)
 
 
-def compare(store: Store, root: Root, summary: Summary) -> Comparison:
-    """Look at every file below a root; count the unchanged, and report what failed before and still would."""
-    known, failed = store.stamps(root.path)
-    fresh: list[Found] = []
+def compare(store: Store, roots: Sequence[Root], summary: Summary, keep_empty: bool) -> Comparison:
+    """Look at every file below the roots once; count the unchanged, and report what failed before and still would."""
+    found = Comparison()
     seen: set[Path] = set()
-    closed: list[Path] = []
-    for item in walk(root.path, root.exclude, root.follow_links):
-        if isinstance(item, Failure):
-            summary.failures.append(item)
-            closed.append(item.path)
-            continue
-        seen.add(item.path)
-        if reason := missing_library(item.path):  # not kept: the library may be there next time
-            summary.failures.append(Failure(item.path, reason))
-        elif known.get(item.path) == item.stamp:
-            summary.unchanged += 1
-        elif item.path in failed and failed[item.path][0] == item.stamp:
-            summary.failures.append(Failure(item.path, failed[item.path][1]))
-        else:
-            fresh.append(item)
-    gone = {path for path in (known.keys() | failed.keys()) - seen if not any(path.is_relative_to(p) for p in closed)}
-    if known and not seen:
-        reason = f"it is empty now; its {len(known)} photographs stay in the index until the folder is removed from it"
-        summary.failures.append(Failure(root.path, reason))
-        gone = set()
-    return Comparison(fresh, gone, set(known))
+    kept: list[Path] = []  # what lies below can't be told to be gone
+    failed: set[Path] = set()
+    for root in roots:
+        known, broken = store.stamps(root.path)
+        found.known |= known.keys()
+        failed |= broken.keys()
+        before = len(seen)
+        for item in files_below(root):
+            if isinstance(item, Failure):
+                summary.failures.append(item)
+                kept.append(item.path)
+            elif item.path not in seen:
+                seen.add(item.path)
+                sort_out(item, known, broken, found, summary)
+        if keep_empty and known and not any(path.is_relative_to(root.path) for path in seen) and root.path not in kept:
+            reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
+            summary.failures.append(Failure(root.path, reason))
+            kept.append(root.path)
+    absent = {path for path in (found.known | failed) - seen if not any(path.is_relative_to(place) for place in kept)}
+    found.gone = digests_of(store, absent & found.known)
+    found.mended = absent - found.known
+    return found
 
 
-def digests_of(store: Store, paths: set[Path]) -> set[str]:
+def files_below(root: Root) -> Iterator[Found | Failure]:
+    """`walk`, for a folder that may have gone since it was named."""
+    if not root.path.exists():
+        yield Failure(
+            root.path, "it is not there now; its photographs stay until it is removed: clipmatch index --remove"
+        )
+        return
+    yield from walk(root.path, root.exclude, root.follow_links)
+
+
+def sort_out(
+    item: Found, known: dict[Path, Stamp], broken: dict[Path, tuple[Stamp, str]], found: Comparison, summary: Summary
+) -> None:
+    """One file: unchanged, unusable as before, or to be looked at."""
+    if reason := missing_library(item.path):  # not kept: the library may be there next time
+        summary.failures.append(Failure(item.path, reason))
+    elif known.get(item.path) == item.stamp:
+        summary.unchanged += 1
+    elif item.path in broken and broken[item.path][0] == item.stamp:
+        summary.failures.append(Failure(item.path, broken[item.path][1]))
+    else:
+        found.fresh.append(item)
+
+
+def digests_of(store: Store, paths: set[Path]) -> dict[Path, str]:
     """The contents of photographs in the store."""
-    return {photo.digest for _, photo in store.photos() if photo.path in paths}
+    return {photo.path: photo.digest for _, photo in store.photos() if photo.path in paths} if paths else {}
 
 
 def ingest(store: Store, embedder: Embedder, batch: Sequence[Found]) -> tuple[list[Photo], list[Failure]]:
     """Hash, embed where needed, and store a batch -> its photographs and failures."""
     stamps = {item.path: item.stamp for item in batch}
-    digests, failures = hash_files(list(stamps))
+    digests, unread = hash_files(list(stamps))
+    failures: list[Failure] = []
     model = embedder.fingerprint
     have = store.embedded(model, set(digests.values()))
     relatives = store.with_content(have)
@@ -168,8 +211,9 @@ def ingest(store: Store, embedder: Embedder, batch: Sequence[Found]) -> tuple[li
             photos.append(photograph(path, digest, stamps[path], looks, first, relatives))
         else:
             failures.append(Failure(path, reasons.get(digest, "the model gives no finite vector for it")))
-    store.upsert(photos, model, rows, {failure.path: (stamps[failure.path], failure.reason) for failure in failures})
-    return photos, failures
+    lasting = [failure for failure in failures if failure.reason not in LACKING]
+    store.upsert(photos, model, rows, {failure.path: (stamps[failure.path], failure.reason) for failure in lasting})
+    return photos, failures + unread  # what could not be read now may be readable next time
 
 
 class Looks:
@@ -221,7 +265,7 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
                 while block := file.read(READ):
                     sha.update(block)
         except OSError as error:
-            return Failure(path, reason_of(error))
+            return Failure(path, plain_reason(error))
         return sha.hexdigest()
 
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -234,10 +278,12 @@ def check_model(store: Store, embedder: Embedder) -> None:
     """Raise ClipmatchError if the store holds another model's vectors."""
     bound = store.model
     if bound and bound.fingerprint != embedder.fingerprint:
-        named = f"--model {bound.name}" if bound.name else "no --model, in the version of clipmatch that made it"
+        here = "" if store.path == default_index() else f" --index {shlex.quote(str(store.path))}"
         own = getattr(embedder, "name", None)
-        change = "clipmatch index --reembed" + (f" --model {own}" if own else "")
+        change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
+        search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
+        old = "" if bound.name else " in the version of clipmatch that made it"
         raise ClipmatchError(
-            f"The index {store.path} holds the vectors of another model: search it with {named}, or change it over "
-            f"with: {change}"
+            f"The index {store.path} holds the vectors of another model; search it by that: {search}{old}; or change it "
+            f"over: {change}"
         )

@@ -267,7 +267,7 @@ def place_matches(
     or can't be written.
     """
     from clipmatch.embedder import Failure
-    from clipmatch.preprocess import reason_of
+    from clipmatch.preprocess import plain_reason
 
     failures = []
     make_folder(folder)
@@ -275,13 +275,13 @@ def place_matches(
         try:
             source.open("rb").close()
         except OSError as error:
-            failures.append(Failure(source, reason_of(error)))
+            failures.append(Failure(source, plain_reason(error)))
             continue
         try:
             place(source, target)
         except OSError as error:
             raise ClipmatchError(
-                f"{printable(target)} can't be made: {reason_of(error)}; choose another folder."
+                f"{printable(target)} can't be made: {plain_reason(error)}; choose another folder."
             ) from error
     return failures
 
@@ -295,7 +295,7 @@ def targets(matches: Sequence[Match], folder: Path, first: int) -> Iterator[tupl
 
 def make_folder(folder: Path) -> None:
     """Make a folder if it is not there. Raises ClipmatchError if that is impossible."""
-    from clipmatch.preprocess import reason_of
+    from clipmatch.preprocess import plain_reason
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +303,7 @@ def make_folder(folder: Path) -> None:
         raise ClipmatchError(f"{printable(folder)} is a file; name a folder.") from error
     except OSError as error:
         raise ClipmatchError(
-            f"The folder {printable(folder)} can't be made: {reason_of(error)}; choose another."
+            f"The folder {printable(folder)} can't be made: {plain_reason(error)}; choose another."
         ) from error
 
 
@@ -332,10 +332,10 @@ def link_file(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source)
     except (OSError, NotImplementedError) as error:
-        from clipmatch.preprocess import reason_of
+        from clipmatch.preprocess import plain_reason
 
         raise ClipmatchError(
-            f"The link {printable(target)} can't be made: {reason_of(error)}; --copy-to makes copies instead."
+            f"The link {printable(target)} can't be made: {plain_reason(error)}; --copy-to makes copies instead."
         ) from error
 
 

@@ -102,7 +102,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except Exception as error:  # decoders raise about a dozen unrelated kinds on damaged files
-        raise ImageError(path, reason_of(error)) from error
+        raise ImageError(path, plain_reason(error)) from error
 
 
 def check_file(path: Path) -> None:
@@ -150,7 +150,7 @@ def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
             image = factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:  # "not mine after all"
             if accept is not None:
-                reason = f"it is a damaged or unsupported {name} file ({reason_of(error)})"
+                reason = f"it is a damaged or unsupported {name} file ({plain_reason(error)})"
             continue
         return image
     if is_heif(prefix):  # after Pillow's: AVIF files can begin in the same way
@@ -158,7 +158,7 @@ def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
     raise ImageError(path, reason)
 
 
-def reason_of(error: Exception) -> str:
+def plain_reason(error: Exception) -> str:
     """An exception of a decoder or of the operating system, in a few words."""
     if isinstance(error, MemoryError):
         return "not enough memory"

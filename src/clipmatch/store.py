@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from platformdirs import user_data_path
 
 from clipmatch.crawl import Stamp
 from clipmatch.embedder import Failure
@@ -63,6 +64,12 @@ UPGRADES = (
     """,
 )
 PATIENCE = 30  # seconds that a transaction waits for another process's
+
+
+def default_index() -> Path:
+    """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
+    path = Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
+    return path.expanduser().absolute()
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,8 @@ class Store:
 
     def add_root(self, root: Root) -> None:
         """Remember a folder, or how it is walked from now on."""
+        if root in self.roots():
+            return
         with self.writing():
             self._db.execute(
                 "INSERT OR REPLACE INTO roots VALUES (?, ?, ?)",
