@@ -164,9 +164,10 @@ def test_index_and_images_exclude_each_other(album):
 def test_no_index_yet(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPMATCH_INDEX", str(tmp_path / "none.sqlite"))
     assert "make one with clipmatch index DIR, or search a folder with --images DIR" in sentence("find", "a cat")
-    assert "keeps up with no folder yet; name one: clipmatch index DIR" in sentence("index")
+    assert "make it with: clipmatch index DIR" in sentence("index")
     assert "does not exist; check its name" in sentence("index", tmp_path / "nowhere")
     assert "There is no index" in sentence("duplicates", "--index", tmp_path / "other.sqlite")
+    assert list(tmp_path.glob("*.sqlite")) == []
 
 
 def test_a_damaged_index_is_named(tmp_path):

@@ -415,7 +415,10 @@ def test_another_model_is_refused(index, photos, tmp_path):
     index.update([photos], progress=False)
     with (
         Index.open(tmp_path / "photos.sqlite", ColourEmbedder("other")) as other,
-        pytest.raises(ClipmatchError, match=r"holds the vectors of another model: search it with .* --reembed"),
+        pytest.raises(
+            ClipmatchError,
+            match=r"holds the vectors of another model: search it by that: clipmatch find QUERY .* --reembed",
+        ),
     ):
         other.find("red")
 
@@ -554,3 +557,61 @@ def test_failures_are_kept(index, photos):
     index.update([photos], progress=False)
     assert [failure.path for failure in index.store.failures()] == [photos / "bad.png"]
     assert isinstance(index.store.failures()[0], Failure)
+
+
+# What is away for a while
+
+
+def test_changing_over_while_a_disk_is_away_changes_nothing(index, photos, tmp_path):
+    index.update([photos], progress=False)
+    photos.rename(tmp_path / "unplugged")
+    with pytest.raises(ClipmatchError, match="4 photographs can't be read now, .*; the index still answers"):
+        index.reembed(ColourEmbedder("other"), progress=False)
+    assert index.store.model.fingerprint == "colours"
+    assert len(index) == 4
+
+
+def test_a_folder_that_is_gone_stops_no_other(index, photos, tmp_path):
+    paint(tmp_path / "second" / "white.png", (255, 255, 255))
+    index.update([photos, tmp_path / "second"], progress=False)
+    shutil.rmtree(tmp_path / "second")
+    paint(photos / "new.png", (1, 2, 3))
+    summary = index.update(progress=False)
+    assert (summary.added, summary.removed) == (1, 0)
+    assert [failure.path for failure in summary.failures] == [tmp_path / "second"]
+    assert "clipmatch index --remove" in summary.failures[0].reason
+    assert len(index) == 6
+
+
+def test_a_folder_in_a_folder_is_counted_once(index, photos):
+    paint(photos / ".private" / "white.png", (255, 255, 255))
+    folders = [photos, photos / "sub", photos / ".private"]
+    assert index.update(folders, progress=False).added == 5
+    for _ in range(2):
+        assert str(index.update(progress=False)) == "0 added, 0 moved, 0 changed, 5 unchanged, 0 removed, 0 failed"
+
+
+def test_an_unchanged_index_keeps_its_derived_files(index, photos):
+    index.update([photos], progress=False)
+    token = index.store.content
+    index.update([photos], progress=False)
+    assert index.store.content == token
+
+
+def test_an_open_index_notices_that_its_model_was_changed(index, photos, tmp_path):
+    index.update([photos], progress=False)
+    index.find("red")
+    with Index.open(tmp_path / "photos.sqlite", ColourEmbedder("other")) as second:
+        second.reembed(second._load(), progress=False)
+    with pytest.raises(ClipmatchError, match="holds the vectors of another model"):
+        index.find("red")
+
+
+def test_a_database_of_something_else_stays_as_it_is(tmp_path):
+    with sqlite3.connect(tmp_path / "foreign.sqlite") as foreign:
+        foreign.execute("CREATE TABLE songs (name TEXT)")
+    foreign.close()
+    before = (tmp_path / "foreign.sqlite").read_bytes()
+    with pytest.raises(ClipmatchError, match="is a database of something else"):
+        Store.open(tmp_path / "foreign.sqlite")
+    assert (tmp_path / "foreign.sqlite").read_bytes() == before

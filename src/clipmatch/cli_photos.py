@@ -71,15 +71,23 @@ def index_command(
     the next run goes on. Afterwards: clipmatch find "two dogs in the snow"
     """
     from clipmatch.embedder import load_model
-    from clipmatch.index import Index
+    from clipmatch.index import Index, check_folders
 
     chosen = [f"--{name}" for name, given in (("remove", remove), ("reembed", reembed), ("status", status)) if given]
     if len(chosen) > 1 or (chosen and watch):
         raise ClipmatchError(
             f"{' and '.join([*chosen, *['--watch'] * watch])} can't be done at once; give one of them."
         )
+    if (status or reembed) and folders:
+        raise ClipmatchError(f"{chosen[0]} is about the whole index; leave out the folders.")
+    if remove and not folders:
+        raise ClipmatchError("--remove needs the folders that are to be forgotten.")
+    if (exclude or follow_links) and not folders:
+        raise ClipmatchError("--exclude and --follow-links belong to folders; name the folders too.")
+    if not chosen:
+        check_folders(folders)
     embedder = load_model(model, device) if model or device else None
-    with Index.open(index_file, None if reembed else embedder, create=not chosen) as index:
+    with Index.open(index_file, None if reembed else embedder, create=bool(folders) and not chosen) as index:
         if status:
             click.echo(status_text(index))
         elif remove:
@@ -252,7 +260,8 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
 @contextmanager
 def opened(images: Sequence[str], file: str | None, embedder: Embedder | None) -> Iterator[Index]:
     """The index that is asked: that of --images, brought up to date, or the one that was made before."""
-    from clipmatch.index import Index, default_index, open_folders
+    from clipmatch.index import Index, open_folders
+    from clipmatch.store import default_index
 
     if images:
         with open_folders(images, embedder) as (index, summary):
@@ -298,7 +307,7 @@ def explain(matches: Matches, request: Request) -> None:
     if matches:
         return
     if not matches.searched:
-        click.echo("No photograph passes the filters.", err=True)
+        click.echo("No photograph passes the filters." if request.where else "The index is empty.", err=True)
     elif request.page == 1 and matches.best and matches.best.confidence is not None:
         click.echo(
             f"No photograph seems to show {matches.query!r}: the best has a confidence of "

@@ -96,10 +96,8 @@ class Index:
         exclude: patterns of names, or of paths below the folder, that are left out. One process at a time: another
         waits, or without `wait` raises ClipmatchError.
         """
+        check_folders(folders)
         roots = [Root(absolute(folder), tuple(exclude), follow_links) for folder in folders]
-        for root in roots:
-            if not root.path.exists():
-                raise ClipmatchError(f"The image folder {root.path} does not exist; check its name.")
         embedder = self.embedder
         with self.store.writer(wait):
             if self.store.model is None:
@@ -192,6 +190,13 @@ class Index:
         return getattr(self.embedder, "calibration", None)
 
 
+def check_folders(folders: Sequence[str | Path]) -> None:
+    """Raise ClipmatchError if one of them does not exist."""
+    for folder in map(absolute, folders):
+        if not folder.exists():
+            raise ClipmatchError(f"The image folder {folder} does not exist; check its name.")
+
+
 def pixels(photo: Photo) -> int:
     """How many a photograph has."""
     return photo.metadata.width * photo.metadata.height
@@ -216,7 +221,7 @@ def open_folders(
     if not listed:
         raise ClipmatchError("The list of images is empty; name at least one.")
     missing = [Path(path) for path in listed if not absolute(path).exists()]
-    if len(missing) == len(listed):  # some of many are failures
+    if len(listed) == 1 and missing:  # a wrong name among many is a failure, alone it is an error
         raise ClipmatchError(f"The image folder {absolute(missing[0])} does not exist; check its name.")
     roots = [Root(absolute(path)) for path in listed if Path(path) not in missing]
     embedder = load_model(model) if model is None or isinstance(model, str | Path) else model

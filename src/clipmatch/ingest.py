@@ -61,7 +61,7 @@ def update(
 ) -> Summary:
     """Make the store what the folders are now.
 
-    Photographs that are gone are forgotten, except where a folder can't be read or, with `keep_empty`, is missing or has
+    Photographs that are gone are forgotten, except where a folder can't be read or is missing or, with `keep_empty`, has
     become empty as a whole, as the place of a disk does that is not plugged in: then they stay, and a failure says so.
     Raises ClipmatchError when the store is bound to another model.
     """
@@ -123,7 +123,7 @@ def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = 
 class Comparison:
     """Folders on disk against the store. fresh: new or changed files. known: photographs in the store.
 
-    gone: photographs whose files are not there any more, and their contents. mended: files that failed once and are gone.
+    gone: photographs whose files are not there any more, and their contents. mended: the same of files that had failed.
     """
 
     fresh: list[Found] = field(default_factory=list)
@@ -142,7 +142,6 @@ def compare(store: Store, roots: Sequence[Root], summary: Summary, keep_empty: b
         known, broken = store.stamps(root.path)
         found.known |= known.keys()
         failed |= broken.keys()
-        before = len(seen)
         for item in files_below(root):
             if isinstance(item, Failure):
                 summary.failures.append(item)
@@ -284,6 +283,6 @@ def check_model(store: Store, embedder: Embedder) -> None:
         search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
         old = "" if bound.name else " in the version of clipmatch that made it"
         raise ClipmatchError(
-            f"The index {store.path} holds the vectors of another model; search it by that: {search}{old}; or change it "
-            f"over: {change}"
+            f"The index {store.path} holds the vectors of another model; search it by that: {search}{old}; or change "
+            f"it over: {change}"
         )

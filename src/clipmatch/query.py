@@ -22,7 +22,7 @@ from clipmatch.crawl import is_image_name
 from clipmatch.embedder import Embedder
 from clipmatch.errors import ClipmatchError
 
-WEIGHT = re.compile(r"(?P<what>.*\S)\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
+WEIGHT = re.compile(r"(?P<what>.*[^\s\d])\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
 
 
 @dataclass(frozen=True)

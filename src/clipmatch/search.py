@@ -147,6 +147,8 @@ def search(
         order = order[ranking.confidences[order] >= request.min_confidence]
     if len(named):
         places = gallery.places(named)
+        if request.min_confidence is not None and ranking.confidences is not None:
+            places = places[ranking.confidences[places] >= request.min_confidence]
         order = fuse(order, places[allowed[places]])
     found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
     vetoed = int(np.count_nonzero(~allowed))

@@ -132,7 +132,7 @@ class Filter:
         if self.before:
             parts.append(("taken < ?", [self.before.isoformat()]))
         if self.camera:
-            parts.append(("instr(lower(camera), lower(?))", [self.camera]))
+            parts.append(("instr(lower(camera), lower(?))", [self.camera.encode("utf-8", "replace").decode()]))
         if self.min_side:
             parts.append(("min(width, height) >= ?", [self.min_side]))
         if self.has_caption:
@@ -146,7 +146,7 @@ class Filter:
 
 def below(folder: Path) -> tuple[str, list[Any]]:
     """The condition that a path is the folder's own or lies below it."""
-    start = os.fsencode(folder)
+    start = os.fsencode(os.path.abspath(folder))  # noqa: PTH100 - a link stays a link
     inside = start.rstrip(os.fsencode(os.sep)) + os.fsencode(os.sep)
     return "(path = ? OR (path >= ? AND path < ?))", [start, inside, inside[:-1] + bytes([inside[-1] + 1])]
 
@@ -441,7 +441,10 @@ class Store:
         if self._version() > len(UPGRADES):
             raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
         if self._version() == len(UPGRADES):
+            self._get("content")  # a database that has these numbers by chance lacks this table
             return
+        if not self._version() and self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise ClipmatchError(f"The file {self.path} is a database of something else, no index; name another.")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("BEGIN IMMEDIATE")
         try:  # not executescript, which would commit after each step
