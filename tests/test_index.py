@@ -565,7 +565,7 @@ def test_failures_are_kept(index, photos):
 def test_changing_over_while_a_disk_is_away_changes_nothing(index, photos, tmp_path):
     index.update([photos], progress=False)
     photos.rename(tmp_path / "unplugged")
-    with pytest.raises(ClipmatchError, match="4 photographs can't be read now, .*; the index still answers"):
+    with pytest.raises(ClipmatchError, match=r"4 photographs can't be read now, .*; the index still answers"):
         index.reembed(ColourEmbedder("other"), progress=False)
     assert index.store.model.fingerprint == "colours"
     assert len(index) == 4

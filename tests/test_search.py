@@ -132,6 +132,10 @@ def test_a_query_as_it_is_read(photos):
     assert str(parse_query(["a dog", "snow"])) == "a dog + snow"
 
 
+def test_times_and_ratios_are_no_weights():
+    assert parse_query("a clock at 10:10").terms == (Term("a clock at 10:10"),)
+
+
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
@@ -141,10 +145,6 @@ def test_a_query_as_it_is_read(photos):
         ([Path("gone.jpg")], "The example gone.jpg does not exist; check its name"),
     ],
 )
-def test_times_and_ratios_are_no_weights():
-    assert parse_query("a clock at 10:10").terms == (Term("a clock at 10:10"),)
-
-
 def test_queries_that_are_none(parts, sentence):
     with pytest.raises(ClipmatchError, match=sentence):
         parse_query(parts)

@@ -61,8 +61,8 @@ def update(
 ) -> Summary:
     """Make the store what the folders are now.
 
-    Photographs that are gone are forgotten, except where a folder can't be read or is missing or, with `keep_empty`, has
-    become empty as a whole, as the place of a disk does that is not plugged in: then they stay, and a failure says so.
+    Photographs that are gone are forgotten, except where a folder can't be read or is missing or, with `keep_empty`,
+    has become empty as a whole, as the place of a disk does that is not plugged in: they stay, and a failure says so.
     Raises ClipmatchError when the store is bound to another model.
     """
     check_model(store, embedder)

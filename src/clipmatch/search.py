@@ -28,7 +28,8 @@ Stacking: TypeAlias = Literal["show", "stack", "hide"]
 
 FUSION = 60  # constant of reciprocal rank fusion
 WORDS = 1000  # photographs that the words of names and captions contribute at most
-POOL = 10  # candidates for each match that is shown, where they are compared with each other
+POOL = 10  # candidates for each match that is shown, for they may be near-duplicates of each other
+BLOCK = 100  # matches that are put in order together, where they are to differ from each other
 RELEVANCE = 0.5  # weight of relevance against novelty
 
 
@@ -47,6 +48,14 @@ class Match:
     confidence: float | None = None
     photo: Photo | None = None
     duplicates: tuple[Path, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """All of it as one flat row, for tables: `pandas.DataFrame(match.row() for match in matches)`."""
+        known = self.photo.row() if self.photo else {}
+        duplicates = [str(path) for path in self.duplicates]
+        return {**known, "path": str(self.path), "score": self.score, "confidence": self.confidence} | {
+            "duplicates": duplicates
+        }
 
 
 class Matches(list[Match]):
@@ -224,41 +233,54 @@ def fuse(*orders: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def arrange(store: Store, gallery: Gallery, order: NDArray[np.int64], request: Request) -> list[NDArray[np.int64]]:
-    """Places, best first -> those of the page that is asked for, each with the near-duplicates below it."""
+    """Places, best first -> those of the page that is asked for, each with the near-duplicates below it.
+
+    Whatever the pages' size, one page goes on where the one before has ended.
+    """
     most = request.page * request.top_k
-    if request.duplicates == "show" and not request.diverse:
-        return [order[at : at + 1] for at in range(most - request.top_k, min(most, len(order)))]
-    pool = order[: most * POOL]
-    if request.diverse:
-        pool = diversify(pool, gallery.rows[pool], most)
+    needed = -(-most // BLOCK) * BLOCK if request.diverse else most
     if request.duplicates == "show":
-        stacks = [pool[at : at + 1] for at in range(len(pool))]
+        stacks = [order[at : at + 1] for at in range(min(needed, len(order)))]
     else:
-        stacks = stack_places(pool, gallery.rows[pool], store.hashes(gallery.numbers[pool]), most)
+        stacks = make_stacks(store, gallery, order, needed)
+    if request.diverse:
+        blocks = [stacks[at : at + BLOCK] for at in range(0, len(stacks), BLOCK)]
+        stacks = [block[at] for block in blocks for at in diversify(gallery.rows[[int(stack[0]) for stack in block]])]
     if request.duplicates == "hide":
         stacks = [stack[:1] for stack in stacks]
     return stacks[most - request.top_k : most]
 
 
-def diversify(pool: NDArray[np.int64], rows: NDArray[np.float32], most: int) -> NDArray[np.int64]:
-    """Places, best first, and their rows [p, d] -> `most` of them that also differ from each other.
+def make_stacks(store: Store, gallery: Gallery, order: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    """Places, best first -> `most` stacks of near-duplicates, or as many as there are."""
+    size = most * POOL
+    while True:
+        pool = order[:size]
+        stacks = stack_places(pool, gallery.rows[pool], store.hashes(gallery.numbers[pool]), most)
+        if len(stacks) == most or len(pool) == len(order):
+            return stacks
+        size *= 4
+
+
+def diversify(rows: NDArray[np.float32]) -> list[int]:
+    """Rows [p, d], best first -> all their places, first those that are good and differ from the ones before.
 
     Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998). Relevance falls evenly with the rank, for cosines
-    with a sentence and among photographs are of different sizes; likeness is measured from the pool's mean to 1.
+    with a sentence and among photographs are of different sizes; likeness is measured from the mean to 1.
     """
-    relevance = 1 - np.arange(len(pool)) / max(len(pool), 1)
+    relevance = 1 - np.arange(len(rows)) / max(len(rows), 1)
     alike = rows @ rows.T  # [p, p]
     floor = float(alike.mean())
-    novelty = np.ones(len(pool))
-    left = np.ones(len(pool), bool)
+    novelty = np.ones(len(rows))
+    left = np.ones(len(rows), bool)
     chosen: list[int] = []
-    while left.any() and len(chosen) < most:
+    while left.any():
         value = np.where(left, RELEVANCE * relevance + (1 - RELEVANCE) * novelty, -np.inf)
         best = int(np.argmax(value))
         left[best] = False
         chosen.append(best)
         novelty = np.minimum(novelty, 1 - np.clip((alike[best] - floor) / max(1 - floor, 1e-6), 0, 1))
-    return pool[chosen]
+    return chosen
 
 
 def match_of(store: Store, gallery: Gallery, ranking: Ranking, stack: Iterable[int]) -> Match:
