@@ -98,6 +98,7 @@ def test_duplicates_in_results():
         ["--after", "2023-06", "--before", "2023-07"],
         ["--has-caption"],
         ["--folder", "trip"],
+        ["--min-size", "20k", "--has-caption"],
         ["--after", "2023-06-15T12:30", "--min-side", "400"],
     ],
 )
@@ -147,6 +148,7 @@ def test_nothing_matches():
     ("options", "complaint"),
     [
         (["--after", "soon"], "'soon' is no date; write it as 2023, 2023-06 or 2023-06-15"),
+        (["--min-size", "2 MiB"], "'2 MiB' is no size; write it as 500k, 2M or 1.5G"),
         (["--box", "1,2,3"], "give four numbers: SOUTH,WEST,NORTH,EAST"),
         (["--box", "50,0,40,9"], "south must not lie north of north"),
         (["--min-confidence", "7"], "7.0 is not in the range"),
@@ -207,10 +209,20 @@ def test_status_update_and_removal(own):
     assert [line.split()[0] for line in lines] == ["index", "model", "photographs", "folder", "failed"]
     assert lines[1] == "model        the one that comes with clipmatch"
     assert lines[0].endswith(str(index))
-    assert run("index", "--remove", folder / "sub").stdout == f"forgot 1 photographs of {folder / 'sub'}\n"
+    done = run("index", "--remove", folder / "sub")
+    assert done.stdout == f"forgot 1 photographs of {folder / 'sub'}\n"
+    assert f"lies in {folder}, which the index keeps up with" in done.stderr
     assert "Nothing of" in sentence("index", "--remove", folder / "sub")
     assert (folder / "sub" / "blue.png").is_file()
     assert "--remove and --status can't be done at once" in sentence("index", "--remove", "--status", folder)
+
+
+def test_exclusions_are_remembered(own):
+    folder, _ = own
+    assert run("index", folder, "--exclude", "sub").stdout.endswith("1 removed, 0 failed; 1 photographs in the index\n")
+    assert run("index", folder).stdout.endswith("0 removed, 0 failed; 1 photographs in the index\n")
+    assert f"{folder} without sub\n" in run("index", "--status").stdout
+    assert run("index", folder, "--exclude", "").stdout.startswith("1 added")
 
 
 def test_another_model_is_refused_until_the_index_is_changed_over(own, model_folder, tmp_path):

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -417,7 +416,7 @@ def test_another_model_is_refused(index, photos, tmp_path):
         Index.open(tmp_path / "photos.sqlite", ColourEmbedder("other")) as other,
         pytest.raises(
             ClipmatchError,
-            match=r"holds the vectors of another model: search it by that: clipmatch find QUERY .* --reembed",
+            match=r"holds the vectors of another model; search it by that .*: clipmatch find QUERY .* --reembed",
         ),
     ):
         other.find("red")
@@ -496,6 +495,8 @@ def album(index, tmp_path):
         ({"camera": "CANON"}, "a"),
         ({"min_side": 30}, "abcd"),
         ({"min_side": 31}, ""),
+        ({"min_size": 100}, "abcd"),
+        ({"min_size": 100_000}, ""),
         ({"has_caption": True}, "d"),
         ({"box": (40, 0, 50, 20)}, "a"),
         ({"box": (-20, 170, 0, -170)}, "bc"),  # over the date line
@@ -546,10 +547,17 @@ def test_words_of_captions_and_names_take_part(index, album):
     assert {match.path.stem for match in index.find("snow", hybrid=True, duplicates="show")[:2]} == {"a", "d"}
 
 
-def test_rows_are_plain_enough_for_a_table(index, album):
-    rows = [{"path": str(photo.path), **vars(photo.metadata)} for photo in index]
-    assert {row["camera"] for row in rows} == {"Canon EOS R5", "Google Pixel 7", None}
-    assert replace(next(iter(index)), picture_hash=0).picture_hash == 0
+def test_rows_for_a_table(index, album):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(photo.row() for photo in index)
+    assert set(table["camera"].dropna()) == {"Canon EOS R5", "Google Pixel 7"}
+    assert table["taken"].min() == datetime(2023, 5, 1, 10)
+    assert list(table["width"]) == [40] * 4
+    found = index.find("red", duplicates="show")
+    table = pandas.DataFrame(match.row() for match in found)
+    assert list(table["path"]) == [str(match.path) for match in found]
+    assert table["score"].is_monotonic_decreasing
+    assert table["size"][0] == found[0].path.stat().st_size
 
 
 def test_failures_are_kept(index, photos):
@@ -589,6 +597,47 @@ def test_a_folder_in_a_folder_is_counted_once(index, photos):
     assert index.update(folders, progress=False).added == 5
     for _ in range(2):
         assert str(index.update(progress=False)) == "0 added, 0 moved, 0 changed, 5 unchanged, 0 removed, 0 failed"
+
+
+def test_how_a_folder_is_walked_is_remembered_until_it_is_said_anew(index, photos):
+    assert index.update([photos], exclude=["sub"], progress=False).added == 2
+    assert index.update([photos], progress=False).added == 0
+    assert index.store.roots()[0].exclude == ("sub",)
+    assert index.update([photos], exclude=[""], progress=False).added == 2
+    assert index.store.roots()[0].exclude == ()
+    assert index.update([photos], follow_links=True, progress=False).added == 0
+    index.update([photos], exclude=["sub"], progress=False)
+    assert index.store.roots()[0].follow_links
+
+
+def test_a_folder_without_photographs_can_be_forgotten(index, tmp_path):
+    (tmp_path / "bare").mkdir()
+    index.update([tmp_path / "bare"], progress=False)
+    assert index.remove(tmp_path / "bare") == 0
+    assert index.store.roots() == []
+    with pytest.raises(ClipmatchError, match=r"Nothing of .*bare is in the index"):
+        index.remove(tmp_path / "bare")
+
+
+def test_an_index_whose_inside_is_damaged(index, photos, tmp_path):
+    """Its first page is good, so it opens; each question is answered by one sentence."""
+    index.update([photos], progress=False)
+    index.close()
+    Path(f"{index.store.path}.vectors").unlink()
+    whole = index.store.path.read_bytes()
+    assert len(whole) > 8192
+    index.store.path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    questions = (
+        lambda damaged: damaged.find("red"),
+        lambda damaged: len(damaged),
+        list,
+        lambda damaged: damaged.update(progress=False),
+        lambda damaged: damaged.duplicates(),
+    )
+    for question in questions:
+        with pytest.raises(ClipmatchError, match=r"photos.sqlite (is damaged|can't be used)"):  # noqa: SIM117
+            with Index.open(index.store.path, ColourEmbedder()) as damaged:
+                question(damaged)
 
 
 def test_an_unchanged_index_keeps_its_derived_files(index, photos):

@@ -11,13 +11,14 @@ from PIL import Image
 from clipmatch import search
 from clipmatch.calibration import Bank, Calibration
 from clipmatch.crawl import Stamp, list_images
+from clipmatch.duplicates import group_near
 from clipmatch.embedder import Failure, ImageEmbeddings, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index, find_matches
 from clipmatch.metadata import Metadata
 from clipmatch.preprocess import load_image
 from clipmatch.query import Term, parse_query
-from clipmatch.search import Matches
+from clipmatch.search import Matches, Request
 from clipmatch.store import Filter, ModelName, Photo
 
 
@@ -236,6 +237,53 @@ def test_near_duplicates_are_stacked_hidden_or_shown(copies):
     assert not any(match.duplicates for match in hidden)
 
 
+@pytest.fixture
+def burst(tmp_path):
+    """Forty near-red pictures, nearer and nearer to red; the first thirty look the same but for their colour."""
+    noise = np.random.default_rng(0)
+    with Index.open(tmp_path / "burst.sqlite", ColourEmbedder()) as opened:
+        opened.store.bind(ModelName("colours", 3))
+        photos, rows = [], {}
+        for number in range(40):
+            picture = 0 if number < 30 else int(noise.integers(1 << 63))
+            path = Path(f"/burst/{number:02d}.jpg")
+            photos.append(Photo(path, f"{number:064x}", Stamp(1, 1, 0), Metadata(width=8, height=8), picture))
+            row = np.array([1, number / 100, number % 7 / 50], np.float32)
+            rows[photos[-1].digest] = row / np.linalg.norm(row)
+        opened.store.upsert(photos, "colours", rows, {})
+        yield opened
+
+
+def test_a_long_burst_leaves_room_for_others(burst):
+    """With two matches to a page, the thirty of the burst are more than what is looked at first."""
+    first = burst.find("red", top_k=2)
+    assert (names(first)[0], len(first[0].duplicates)) == ("00", 29)
+    assert len(first) == 2
+
+
+@pytest.mark.parametrize("diverse", [False, True])
+@pytest.mark.parametrize("duplicates", ["show", "stack", "hide"])
+def test_pages_of_any_size_go_on_where_the_last_has_ended(burst, duplicates, diverse):
+    settings = {"duplicates": duplicates, "diverse": diverse}
+    whole = names(burst.find("red", top_k=40, **settings))
+    assert len(whole) == len(set(whole)) == (40 if duplicates == "show" else 11)
+    for size in (1, 3, 7):
+        pages = [burst.find("red", top_k=size, page=page, **settings) for page in range(1, 42)]
+        assert [name for page in pages for name in names(page)] == whole
+
+
+def test_near_duplicates_are_grouped_the_same_in_blocks_of_any_size(monkeypatch):
+    rng = np.random.default_rng(0)
+    kinds = rng.permutation(np.repeat(np.arange(10), 6))
+    rows = rng.normal(size=(10, 64)).astype(np.float32)[kinds]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    hashes = rng.integers(0, 1 << 63, 10).astype(np.uint64)[kinds]
+    expected = sorted(np.flatnonzero(kinds == kind).tolist() for kind in range(10))
+    for size in (4, 7, 2048):
+        monkeypatch.setattr("clipmatch.duplicates.BLOCK", size)
+        assert sorted(sorted(group) for group in group_near(rows, hashes)) == expected
+
+
 def test_near_duplicates_are_listed_largest_first(copies):
     (group,) = copies.duplicates()
     assert next(photo.path.stem for photo in group) == "large"
@@ -247,6 +295,14 @@ def test_more_like_a_match(index):
     assert names(ask(index, [index.more_like(first, 1).terms[0].image]))[0] == "green"
     with pytest.raises(ClipmatchError, match="There is no match 9 to look for more like it; there are 4"):
         index.more_like(first, 9)
+
+
+def test_more_like_a_photograph_that_is_out_of_reach(index, photos):
+    first = ask(index, "green")
+    first[0].path.rename(photos.parent / "unplugged.png")
+    index.embedder.seen.clear()
+    assert names(index.answer(index.more_like(first, 1), Request(duplicates="show"))) == names(first)
+    assert index.embedder.seen == []
 
 
 def test_confidence_of_an_example(index):

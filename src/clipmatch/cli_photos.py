@@ -6,6 +6,7 @@ In: the words of the command line. Out: answers on stdout, progress and warnings
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,8 +44,17 @@ def index_option(command: Command) -> Command:
 @click.command("index")
 @click.argument("folders", nargs=-1, metavar="[DIR]...")
 @index_option
-@click.option("--exclude", multiple=True, metavar="PATTERN", help='Leave out names or paths that fit, such as "*.gif".')
-@click.option("--follow-links", is_flag=True, help="Enter folders that links lead to.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help='Leave out names or paths that fit, such as "*.gif"; remembered with the folder until given anew ("": none).',
+)
+@click.option(
+    "--follow-links/--no-follow-links",
+    default=None,
+    help="Enter folders that links lead to, or do not (at first); remembered.",
+)
 @click.option("--watch", is_flag=True, help="Stay, and follow changes as they happen, until Ctrl-C.")
 @click.option("--remove", is_flag=True, help="Forget the folders instead; their files stay as they are.")
 @click.option(
@@ -57,7 +67,7 @@ def index_command(
     folders: tuple[str, ...],
     index_file: str | None,
     exclude: tuple[str, ...],
-    follow_links: bool,
+    follow_links: bool | None,
     watch: bool,
     remove: bool,
     reembed: bool,
@@ -71,7 +81,7 @@ def index_command(
     the next run goes on. Afterwards: clipmatch find "two dogs in the snow"
     """
     from clipmatch.embedder import load_model
-    from clipmatch.index import Index, check_folders
+    from clipmatch.index import Index, absolute, check_folders
 
     chosen = [f"--{name}" for name, given in (("remove", remove), ("reembed", reembed), ("status", status)) if given]
     if len(chosen) > 1 or (chosen and watch):
@@ -82,7 +92,7 @@ def index_command(
         raise ClipmatchError(f"{chosen[0]} is about the whole index; leave out the folders.")
     if remove and not folders:
         raise ClipmatchError("--remove needs the folders that are to be forgotten.")
-    if (exclude or follow_links) and not folders:
+    if (exclude or follow_links is not None) and not folders:
         raise ClipmatchError("--exclude and --follow-links belong to folders; name the folders too.")
     if not chosen:
         check_folders(folders)
@@ -93,17 +103,29 @@ def index_command(
         elif remove:
             for folder in folders:
                 click.echo(f"forgot {index.remove(folder)} photographs of {printable(folder)}")
+                for root in index.store.roots():
+                    if absolute(folder).is_relative_to(root.path):
+                        click.echo(
+                            f"It lies in {printable(root.path)}, which the index keeps up with: the next run brings it "
+                            f"back, unless you name that folder with --exclude {printable(absolute(folder).name)}.",
+                            err=True,
+                        )
         elif reembed:
             summary = index.reembed(embedder)
             report_failures(summary.failures)
             click.echo(f"{summary.changed} photographs embedded anew; {len(index)} in the index")
         else:
-            report_update(index, folders, exclude, follow_links)
+            report_update(index, folders, exclude or None, follow_links)
             if watch:
                 follow(index)
 
 
-def report_update(index: Index, folders: Sequence[str], exclude: Sequence[str], follow_links: bool) -> None:
+def report_update(
+    index: Index,
+    folders: Sequence[str] = (),
+    exclude: Sequence[str] | None = None,
+    follow_links: bool | None = None,
+) -> None:
     """Bring the index up to date, and say what has changed."""
     summary = index.update(folders, exclude, follow_links)
     report_failures(summary.failures)
@@ -121,7 +143,7 @@ def follow(index: Index) -> None:
     roots = index.store.roots()
     click.echo(f"watching {', '.join(printable(root.path) for root in roots)}; Ctrl-C ends it", err=True)
     for _ in watch(*(root.path for root in roots), raise_interrupt=False):
-        report_update(index, (), (), False)
+        report_update(index)
 
 
 def status_text(index: Index) -> str:
@@ -132,7 +154,9 @@ def status_text(index: Index) -> str:
         f"model        {model.name or 'the one that comes with clipmatch'}" if model else "model        none yet"
     )
     lines.append(f"photographs  {len(index)}")
-    lines += [f"folder       {printable(root.path)}" for root in index.store.roots()]
+    for root in index.store.roots():
+        without = f" without {', '.join(map(printable, root.exclude))}" if root.exclude else ""
+        lines.append(f"folder       {printable(root.path)}{without}{', links followed' * root.follow_links}")
     lines += [f"failed       {printable(failure.path)}: {failure.reason}" for failure in index.store.failures()]
     return "\n".join(lines)
 
@@ -150,6 +174,15 @@ def moment(context: click.Context, option: click.Parameter, value: str | None) -
         except ValueError:
             continue
     raise click.BadParameter(f"{value!r} is no date; write it as 2023, 2023-06 or 2023-06-15.")
+
+
+def file_size(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """500k, 2M, 1.5G -> bytes."""
+    if value is None:
+        return None
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)B?", value)):
+        raise click.BadParameter(f"{value!r} is no size; write it as 500k, 2M or 1.5G.")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
 
 
 def box(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -171,6 +204,7 @@ def filter_options(command: Command) -> Command:
         click.option("--box", callback=box, metavar="S,W,N,E", help="Taken in this box of latitudes and longitudes."),
         click.option("--has-caption", is_flag=True, help="With a caption, in the file or beside it."),
         click.option("--min-side", type=click.IntRange(1), metavar="PIXELS", help="The shorter side at least."),
+        click.option("--min-size", callback=file_size, metavar="SIZE", help="Of the file: 500k, 2M."),
         click.option("--camera", metavar="NAME", help="Part of the camera's name."),
         click.option("--before", callback=moment, metavar="DATE", help="Taken before it: 2023, 2023-06, 2023-06-15."),
         click.option("--after", callback=moment, metavar="DATE", help="Taken at its first moment or later."),
@@ -187,7 +221,7 @@ def filter_of(options: dict[str, Any]) -> Filter:
     from clipmatch.index import absolute
     from clipmatch.store import Filter
 
-    names = ("after", "before", "camera", "min_side", "has_caption", "box")
+    names = ("after", "before", "camera", "min_side", "min_size", "has_caption", "box")
     folders = tuple(absolute(folder) for folder in options.pop("folders"))
     return Filter(folders=folders, **{name: options.pop(name) for name in names})
 

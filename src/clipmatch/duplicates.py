@@ -24,9 +24,9 @@ def are_near(
     return (rows @ row >= COSINE) & (bits_apart(hashes, hash) <= BITS)
 
 
-def bits_apart(hashes: NDArray[np.uint64], hash: np.uint64) -> NDArray[np.int64]:
-    """How many bits differ from `hash`."""
-    different = np.bitwise_xor(hashes, hash)
+def bits_apart(hashes: NDArray[np.uint64], others: NDArray[np.uint64] | np.uint64) -> NDArray[np.int64]:
+    """How many bits of hashes [n] differ from others [n], or from one."""
+    different = np.bitwise_xor(hashes, others)
     bits: NDArray[np.int64] = np.unpackbits(different[:, None].view(np.uint8), axis=1).sum(axis=1, dtype=np.int64)
     return bits
 
@@ -61,12 +61,12 @@ def group_near(rows: NDArray[np.float32], hashes: NDArray[np.uint64]) -> list[li
             place = int(parent[place])
         return place
 
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK] @ rows[start:].T  # [b, n - start]
-        first, second = np.nonzero(np.triu(block >= COSINE, k=1))
-        close = np.bitwise_xor(hashes[start + first], hashes[start + second])
-        bits = np.unpackbits(close[:, None].view(np.uint8), axis=1).sum(axis=1) if len(close) else np.empty(0)
-        for one, other in zip(start + first[bits <= BITS], start + second[bits <= BITS], strict=True):
+    starts = range(0, len(rows), BLOCK)
+    for left, right in ((left, right) for left in starts for right in starts if left <= right):
+        near = rows[left : left + BLOCK] @ rows[right : right + BLOCK].T >= COSINE  # [b, b]
+        first, second = np.nonzero(np.triu(near, k=1) if left == right else near)
+        close = bits_apart(hashes[left + first], hashes[right + second]) <= BITS
+        for one, other in zip(left + first[close], right + second[close], strict=True):
             parent[top(int(other))] = top(int(one))
     groups: dict[int, list[int]] = {}
     for place in range(len(rows)):

@@ -19,7 +19,7 @@ from clipmatch.embedder import Embedder, Failure, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.ingest import Summary, check_model, reembed, update
-from clipmatch.query import Query, parse_query
+from clipmatch.query import Query, Term, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
 from clipmatch.store import Filter, ModelName, Photo, Root, Store, default_index
@@ -34,7 +34,7 @@ class Index:
             for match in index.find("two dogs in the snow", where=Filter(camera="Pixel"), top_k=5):
                 print(match.confidence, match.path, match.photo.metadata.taken)
 
-    Photographs are iterated over as `Photo` rows: `pandas.DataFrame(map(vars, index))`.
+    Photographs and matches have a `row()` for tables: `pandas.DataFrame(photo.row() for photo in index)`.
     """
 
     def __init__(self, store: Store, embedder: Callable[[], Embedder]):
@@ -86,18 +86,22 @@ class Index:
     def update(
         self,
         folders: Sequence[str | Path] = (),
-        exclude: Sequence[str] = (),
-        follow_links: bool = False,
+        exclude: Sequence[str] | None = None,
+        follow_links: bool | None = None,
         wait: bool = True,
         progress: bool = True,
     ) -> Summary:
         """Make the index what the folders are now; without `folders`, all that it keeps up with.
 
-        exclude: patterns of names, or of paths below the folder, that are left out. One process at a time: another
+        exclude: patterns of names, or of paths below the folder, that are left out. follow_links: enter folders that
+        links lead to. Both are remembered with the folder; None leaves them as they are. One process at a time: another
         waits, or without `wait` raises ClipmatchError.
         """
         check_folders(folders)
-        roots = [Root(absolute(folder), tuple(exclude), follow_links) for folder in folders]
+        known = {root.path: root for root in self.store.roots()}
+        roots = [
+            changed(known.get(absolute(folder), Root(absolute(folder))), exclude, follow_links) for folder in folders
+        ]
         embedder = self.embedder
         with self.store.writer(wait):
             if self.store.model is None:
@@ -137,19 +141,21 @@ class Index:
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.
 
-        Raises ClipmatchError if nothing of it is in the index.
+        What lies below a folder that the index keeps up with comes back with the next update. Raises ClipmatchError if
+        nothing of it is in the index.
         """
         with self.store.writer():
-            count = self.store.remove_below(absolute(folder))
-        if not count:
+            photographs, roots = self.store.remove_below(absolute(folder))
+        if not (photographs or roots):
             raise ClipmatchError(f"Nothing of {absolute(folder)} is in the index {self.store.path}.")
-        return count
+        return photographs
 
     def more_like(self, matches: Matches, rank: int) -> Query:
         """The query for photographs like the one of that rank, from 1 on. Raises ClipmatchError if there is none."""
         if not 1 <= rank <= len(matches):
             raise ClipmatchError(f"There is no match {rank} to look for more like it; there are {len(matches)}.")
-        return parse_query(matches[rank - 1].path)
+        match = matches[rank - 1]
+        return Query((Term("", match.path, row=self.store.vector(match.photo.digest) if match.photo else None),))
 
     def duplicates(self, where: Filter | None = None) -> list[list[Photo]]:
         """Groups of near-duplicates, the largest group first, in each the photograph with the most pixels first."""
@@ -195,6 +201,13 @@ def check_folders(folders: Sequence[str | Path]) -> None:
     for folder in map(absolute, folders):
         if not folder.exists():
             raise ClipmatchError(f"The image folder {folder} does not exist; check its name.")
+
+
+def changed(root: Root, exclude: Sequence[str] | None, follow_links: bool | None) -> Root:
+    """A folder, walked in another way where one is given; an empty pattern is none."""
+    if exclude is not None:
+        root = replace(root, exclude=tuple(pattern for pattern in exclude if pattern))
+    return root if follow_links is None else replace(root, follow_links=follow_links)
 
 
 def pixels(photo: Photo) -> int:

@@ -283,6 +283,6 @@ def check_model(store: Store, embedder: Embedder) -> None:
         search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
         old = "" if bound.name else " in the version of clipmatch that made it"
         raise ClipmatchError(
-            f"The index {store.path} holds the vectors of another model; search it by that: {search}{old}; or change "
+            f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )

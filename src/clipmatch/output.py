@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,10 @@ def write_matches(matches: Matches, chosen: OutputOptions, first: int = 1) -> li
 def print_matches(matches: Sequence[Match], chosen: OutputOptions, first: int = 1) -> None:
     """Matches on stdout, in the way that was chosen."""
     if chosen.json:
-        click.echo(json.dumps(as_rows(matches), indent=2))
+        click.echo(as_json([match.row() for match in matches], indent=2))
     elif chosen.jsonl:
-        for row in as_rows(matches):
-            click.echo(json.dumps(row))
+        for match in matches:
+            click.echo(as_json(match.row()))
     elif chosen.paths or chosen.print0:
         end = b"\0" if chosen.print0 else b"\n"
         click.echo(b"".join(os.fsencode(match.path) + end for match in matches), nl=False)
@@ -156,32 +157,13 @@ def report_failures(failures: Sequence[Failure]) -> None:
         click.echo(f"  {count}: {reason}", err=True)
 
 
-def as_rows(matches: Sequence[Match]) -> list[dict[str, Any]]:
-    """Matches as what JSON can hold; what is not known of a photograph is None.
+def as_json(rows: Any, indent: int | None = None) -> str:
+    """Rows of matches as JSON, times in ISO 8601.
 
     A byte of a path that is not UTF-8 stands as a lone surrogate, U+DC80 to U+DCFF, which JSON escapes; in Python
     `os.fsencode` gives the byte back. --paths and --print0 print paths as they are.
     """
-    return [
-        {
-            "path": str(match.path),
-            "score": match.score,
-            "confidence": match.confidence,
-            **photo_row(match),
-            "duplicates": [str(path) for path in match.duplicates],
-        }
-        for match in matches
-    ]
-
-
-def photo_row(match: Match) -> dict[str, Any]:
-    """What the index knows of a match: size in bytes, width and height in pixels, time, camera, place, caption."""
-    names = ("width", "height", "camera", "latitude", "longitude", "caption")
-    if match.photo is None:
-        return dict.fromkeys(("size", *names, "taken"))
-    metadata = match.photo.metadata
-    taken = metadata.taken.isoformat() if metadata.taken else None
-    return {"size": match.photo.stamp.size, **{name: getattr(metadata, name) for name in names}, "taken": taken}
+    return json.dumps(rows, indent=indent, default=datetime.isoformat)
 
 
 def print_thumbnails(matches: Sequence[Match], first: int = 1) -> None:

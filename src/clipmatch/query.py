@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,12 @@ WEIGHT = re.compile(r"(?P<what>.*[^\s\d])\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL
 
 @dataclass(frozen=True)
 class Term:
-    """A sentence, or a picture file that shows what is meant; weight > 0."""
+    """A sentence, or a picture file that shows what is meant; weight > 0. row [d]: its unit vector, if it is known."""
 
     text: str = ""
     image: Path | None = None
     weight: float = 1.0
+    row: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.image) if self.image else self.text
@@ -69,12 +70,14 @@ class Query:
     def vectors(self, embedder: Embedder) -> NDArray[np.float32]:
         """Unit rows [t, d] of the terms. Raises ClipmatchError when an example can't be read."""
         texts = [term.text for term in self.terms if not term.image]
-        images = [term.image for term in self.terms if term.image]
+        images = [term.image for term in self.terms if term.image and term.row is None]
         found = embedder.embed_images(images, progress=False) if images else None
         if found and found.failures:
             raise ClipmatchError(f"The example {found.failures[0].path} can't be read: {found.failures[0].reason}.")
         rows = {"text": iter(embedder.embed_texts(texts) if texts else ()), "image": iter(found.rows if found else ())}
-        return np.stack([next(rows["image" if term.image else "text"]) for term in self.terms])
+        return np.stack(
+            [next(rows["image" if term.image else "text"]) if term.row is None else term.row for term in self.terms]
+        )
 
 
 def parse_query(parts: str | Path | Sequence[str | Path]) -> Query:

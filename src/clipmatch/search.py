@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +52,8 @@ class Match:
     def row(self) -> dict[str, Any]:
         """All of it as one flat row, for tables: `pandas.DataFrame(match.row() for match in matches)`."""
         known = self.photo.row() if self.photo else {}
-        duplicates = [str(path) for path in self.duplicates]
-        return {**known, "path": str(self.path), "score": self.score, "confidence": self.confidence} | {
-            "duplicates": duplicates
-        }
+        found = {"path": str(self.path), "score": self.score, "confidence": self.confidence}
+        return {**found, **known, **found, "duplicates": [str(path) for path in self.duplicates]}
 
 
 class Matches(list[Match]):

@@ -85,6 +85,10 @@ class Photo:
     metadata: Metadata
     picture_hash: int
 
+    def row(self) -> dict[str, Any]:
+        """What people ask of it, as one flat row: size in bytes, width and height in pixels, what the camera says."""
+        return {"path": str(self.path), "size": self.stamp.size, **vars(self.metadata)}
+
 
 @dataclass(frozen=True)
 class ModelName:
@@ -109,8 +113,8 @@ class Filter:
     """Which photographs take part. None and False: no matter.
 
     folders: with their subfolders, absolute, or files; any of them. after, before: of the time in the EXIF data,
-    `before` itself left out. camera: a part of its name, in any case. min_side: pixels of the shorter side. box: south,
-    west, north, east in degrees; a box over the date line has its west east of its east.
+    `before` itself left out. camera: a part of its name, in any case. min_side: pixels of the shorter side. min_size:
+    bytes of the file. box: south, west, north, east in degrees; a box over the date line has its west east of its east.
     """
 
     folders: tuple[Path, ...] = ()
@@ -118,6 +122,7 @@ class Filter:
     before: datetime | None = None
     camera: str | None = None
     min_side: int | None = None
+    min_size: int | None = None
     has_caption: bool = False
     box: tuple[float, float, float, float] | None = None
 
@@ -135,6 +140,8 @@ class Filter:
             parts.append(("instr(lower(camera), lower(?))", [self.camera.encode("utf-8", "replace").decode()]))
         if self.min_side:
             parts.append(("min(width, height) >= ?", [self.min_side]))
+        if self.min_size:
+            parts.append(("size >= ?", [self.min_size]))
         if self.has_caption:
             parts.append(("caption IS NOT NULL", []))
         if self.box:
@@ -252,7 +259,7 @@ class Store:
 
     def roots(self) -> list[Root]:
         """The folders that it keeps up with."""
-        rows = self._db.execute("SELECT path, exclude, follow_links FROM roots ORDER BY path")
+        rows = self._read("SELECT path, exclude, follow_links FROM roots ORDER BY path")
         return [Root(Path(os.fsdecode(path)), tuple(json.loads(exclude)), bool(links)) for path, exclude, links in rows]
 
     def add_root(self, root: Root) -> None:
@@ -265,53 +272,61 @@ class Store:
                 (os.fsencode(root.path), json.dumps(root.exclude), root.follow_links),
             )
 
-    def remove_below(self, folder: Path) -> int:
-        """Forget a folder, what lies below it, and the folders kept up with there -> photographs forgotten."""
+    def remove_below(self, folder: Path) -> tuple[int, int]:
+        """Forget a folder, what lies below it, and the folders kept up with there -> how many photographs and folders
+        were forgotten.
+        """
         condition, values = below(folder)
         with self.writing():
-            found = self._db.execute(f"SELECT path FROM photos WHERE {condition}", values).fetchall()
+            count = {}
             for table in ("photos", "failures", "roots"):
-                self._db.execute(f"DELETE FROM {table} WHERE {condition}", values)
+                count[table] = self._db.execute(f"DELETE FROM {table} WHERE {condition}", values).rowcount
             self._db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM photos)")
-        return len(found)
+        return count["photos"], count["roots"]
 
     # Photographs
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM photos").fetchone()[0])
+        return int(next(self._read("SELECT count(*) FROM photos"))[0])
 
     def stamps(self, root: Path) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
         """Below a folder: the stamps of its photographs, and stamps and reasons of files that could not be used."""
         condition, values = below(root)
-        good = self._db.execute(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values)
+        good = self._read(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values)
         known = {Path(os.fsdecode(path)): Stamp(*stamp) for path, *stamp in good}
-        bad = self._db.execute(f"SELECT path, size, mtime, sidecar, reason FROM failures WHERE {condition}", values)
+        bad = self._read(f"SELECT path, size, mtime, sidecar, reason FROM failures WHERE {condition}", values)
         return known, {Path(os.fsdecode(path)): (Stamp(*stamp), reason) for path, *stamp, reason in bad}
 
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
         found = {}
         for digest in digests:
-            row = self._db.execute(
-                f"SELECT {COLUMNS} FROM photos WHERE digest = ?", (bytes.fromhex(digest),)
-            ).fetchone()
-            if row:
+            if row := next(
+                self._read(f"SELECT {COLUMNS} FROM photos WHERE digest = ?", (bytes.fromhex(digest),)), None
+            ):
                 found[digest] = photo_of(row)
         return found
 
     def not_embedded(self, model: str) -> list[Photo]:
         """A photograph of each content that has no vector by the model with that fingerprint."""
-        rows = self._db.execute(
+        rows = self._read(
             f"SELECT {COLUMNS} FROM photos p WHERE NOT EXISTS"
             " (SELECT 1 FROM vectors v WHERE v.model = ? AND v.digest = p.digest) GROUP BY digest ORDER BY id",
             (model,),
         )
-        return [photo_of(row) for row in rows.fetchall()]
+        return [photo_of(row) for row in rows]
 
     def embedded(self, model: str, digests: Iterable[str]) -> set[str]:
         """Those contents that have a vector by the model with that fingerprint."""
         question = "SELECT 1 FROM vectors WHERE model = ? AND digest = ?"
-        return {digest for digest in digests if self._db.execute(question, (model, bytes.fromhex(digest))).fetchone()}
+        return {digest for digest in digests if any(self._read(question, (model, bytes.fromhex(digest))))}
+
+    def vector(self, digest: str) -> NDArray[np.float32] | None:
+        """The unit row [d] of a content; None if there is none."""
+        question = "SELECT row FROM vectors WHERE model = ? AND digest = ?"
+        model = self.model
+        found = next(self._read(question, (model.fingerprint if model else "", bytes.fromhex(digest))), None)
+        return np.frombuffer(found[0], "<f4") if found else None
 
     def upsert(
         self,
@@ -355,12 +370,12 @@ class Store:
 
     def photos(self) -> Iterator[tuple[int, Photo]]:
         """Each photograph, with its number, by rising number."""
-        for number, *row in self._db.execute(f"SELECT id, {COLUMNS} FROM photos ORDER BY id"):
+        for number, *row in self._read(f"SELECT id, {COLUMNS} FROM photos ORDER BY id"):
             yield number, photo_of(row)
 
     def photo(self, number: int) -> Photo:
         """The photograph with a number. Raises KeyError if it is gone."""
-        row = self._db.execute(f"SELECT {COLUMNS} FROM photos WHERE id = ?", (int(number),)).fetchone()
+        row = next(self._read(f"SELECT {COLUMNS} FROM photos WHERE id = ?", (int(number),)), None)
         if row is None:
             raise KeyError(number)
         return photo_of(row)
@@ -371,13 +386,13 @@ class Store:
         found: set[int] = set()
         for place, places in [below(folder) for folder in where.folders] or [("1", [])]:
             question = f"SELECT id FROM photos WHERE {place} AND {condition}"
-            found.update(number for (number,) in self._db.execute(question, places + values))
+            found.update(number for (number,) in self._read(question, places + values))
         return np.array(sorted(found), np.int64)
 
     def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The picture hashes [n] of photographs, by their numbers."""
         question = "SELECT picture_hash FROM photos WHERE id = ?"
-        found = [self._db.execute(question, (number,)).fetchone() for number in numbers.tolist()]
+        found = [next(self._read(question, (number,)), None) for number in numbers.tolist()]
         return np.array([row[0] if row else 0 for row in found], np.int64).view(np.uint64)
 
     def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
@@ -387,7 +402,7 @@ class Store:
             content, count = self.content, len(self)
             numbers = np.empty(count, np.int64)
             rows = np.empty((count, model.dim if model else 0), np.float32)
-            found = self._db.execute(
+            found = self._read(
                 "SELECT p.id, v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest ORDER BY p.id",
                 (model.fingerprint if model else "",),
             )
@@ -401,7 +416,7 @@ class Store:
         words = re.findall(r"\w+", text)
         if not words:
             return []
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?",
             (" OR ".join(f'"{word}"' for word in words), most),
         )
@@ -409,7 +424,7 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Files that could not be used."""
-        rows = self._db.execute("SELECT path, reason FROM failures ORDER BY path")
+        rows = self._read("SELECT path, reason FROM failures ORDER BY path")
         return [Failure(Path(os.fsdecode(path)), reason) for path, reason in rows]
 
     # SQLite
@@ -427,8 +442,13 @@ class Store:
             finally:
                 self._db.execute("COMMIT")
 
+    def _read(self, question: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows that answer a question."""
+        with reading_errors(self.path):
+            yield from self._db.execute(question, values)
+
     def _get(self, name: str) -> str | None:
-        row = self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
+        row = next(self._read("SELECT value FROM about WHERE name = ?", (name,)), None)
         return row[0] if row else None
 
     def _set(self, name: str, value: str) -> None:
