@@ -5,7 +5,7 @@ store like its vectors: STORE.CONTENT.ivf, where CONTENT is the store's token, s
 read; without it every row is compared.
 
 An inverted file of 8-bit rows (FAISS): of the kept libraries it finds the most at a million photographs, is built in a
-minute and takes a quarter of the vectors' room (benchmarks/results/approximate.json). It has no filter, and needs none:
+minute and takes a quarter of the vectors' room (benchmarks/results/approximate.md). It has no filter, and needs none:
 a search among photographs that pass a filter compares all of them.
 """
 
