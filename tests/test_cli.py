@@ -198,7 +198,8 @@ def odd_photos(tmp_path):
 
 
 def find(model_folder, folder, *options):
-    return run("find", "a red circle", "--model", model_folder, "--images", folder, *options).stdout_bytes
+    arguments = ("--model", model_folder, "--images", folder, "--duplicates", "show")
+    return run("find", "a red circle", *arguments, *options).stdout_bytes
 
 
 def test_find_with_awkward_names(model_folder, odd_photos):

@@ -245,12 +245,18 @@ def wait_for(condition, what, seconds=60):
         time.sleep(0.1)
 
 
+def heed_interrupt():
+    """A shell starts its background jobs, such as this test run may be, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_changes_are_followed_until_ctrl_c(own):
     folder, _ = own
     command = [sys.executable, "-m", "clipmatch.cli", "index", "--watch"]
     said = folder.parent / "said.txt"
     with said.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, preexec_fn=heed_interrupt)
     try:
         wait_for(lambda: "watching" in said.read_text(), "it does not begin to watch")
         time.sleep(1)  # until the system tells it of changes

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -294,7 +295,7 @@ def hub(tmp_path, monkeypatch):
 def pretrained(monkeypatch):
     """What models of other makers are asked for, instead of loading them."""
     asked = []
-    monkeypatch.setattr("clipmatch.pretrained.load_pretrained", lambda *wish: asked.append(wish))
+    monkeypatch.setattr("clipmatch.pretrained.load_pretrained", lambda *wish: asked.append(wish) or SimpleNamespace())
     return asked
 
 
