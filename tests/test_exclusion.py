@@ -14,7 +14,18 @@ from clipmatch.calibration import Bank, Calibration, Exclusion
 from clipmatch.calibration_fit import calibrate, make_bank
 from clipmatch.embedder import ImageEmbeddings
 from clipmatch.errors import ClipmatchError
-from clipmatch.exclusion import embed_concept, familiarity, features, judge, names_of, nearness, neighbours, shows
+from clipmatch.exclusion import (
+    STRANGE,
+    embed_concept,
+    familiarity,
+    features,
+    find_likest,
+    judge,
+    names_of,
+    nearness,
+    shows,
+    strangeness,
+)
 from clipmatch.exclusion_fit import (
     Concept,
     find_concepts,
@@ -33,10 +44,10 @@ THINGS = ["dog", "ball", "snow", "beach", "bike", "car", "boat", "tree", "swing"
 THINGS += ["kite", "drum", "lamp", "tent"]
 
 
-def by_hand(weights=(0.0, 1.0, 0.0, 0.0), needed=(0.5, 0.0), familiar=-1.0):
+def by_hand(weights=(0.0, 1.0, 0.0, 0.0), needed=(0.5, 0.0), familiar=-1.0, usual=-1.0):
     """Verdicts that can be worked out on paper: the bank's pictures are two axes, five of its captions a third."""
     bank = Bank(pictures=AXES[:2].astype(np.float16), captions=AXES[[2, 2, 2, 2, 2, 3]].astype(np.float16))
-    return Calibration((0.0,) * 4, 0.9, bank, "f00d", exclusion=Exclusion(weights, needed, familiar))
+    return Calibration((0.0,) * 4, 0.9, bank, "f00d", exclusion=Exclusion(weights, needed, familiar, usual))
 
 
 class Reader:
@@ -140,10 +151,23 @@ def test_cosine_context_and_level():
     calibration = replace(by_hand(), bank=Bank(np.eye(12, dtype=np.float16), np.eye(12, dtype=np.float16)))
     gallery = unit(np.r_[1.0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0] + np.arange(12) * -0.01)[None]  # 10 of 12 are its likest
     concept = np.eye(12, dtype=np.float32)[:1]
-    assert sorted(neighbours(calibration, gallery)[0]) == list(range(10))
-    assert features(calibration, concept, gallery) == pytest.approx(
+    likest = find_likest(calibration, gallery)
+    assert sorted(likest.places[0]) == list(range(10))
+    assert likest.cosine[0] == pytest.approx(gallery[0, :10].mean())
+    assert features(calibration, concept, gallery, likest) == pytest.approx(
         np.array([[1, gallery[0, 0], 1 / 10, 1 / 12]]), abs=1e-6
     )
+
+
+def test_of_pictures_unlike_the_bank_s_more_is_asked():
+    """The first lies among the bank's two axes, the other is far from both; both show the concept alike."""
+    concept, gallery = AXES[2:3], unit([[1, 0.2, 1, 0], [0.1, 0, 1, 1]])
+    gallery[1, 2] = gallery[0, 2]
+    likest = find_likest(by_hand(), gallery)
+    assert likest.cosine == pytest.approx([gallery[0, :2].mean(), gallery[1, :2].mean()])
+    assert judge(by_hand(), concept, gallery).vetoed.tolist() == [True, True]
+    assert judge(by_hand(usual=0.3), concept, gallery).vetoed.tolist() == [True, False]
+    assert strangeness(likest, 0.3) == pytest.approx([0, STRANGE * (0.3 - likest.cosine[1])])
 
 
 def test_confidence_and_what_is_needed():

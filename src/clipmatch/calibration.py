@@ -58,20 +58,23 @@ class Exclusion:
     """When a picture counts as showing a concept; what the numbers mean is said in `clipmatch.exclusion`.
 
     weights: those of 1, cosine, context, level. needed: the log odds from which on a picture is vetoed, as a constant
-    and what is added for familiarity. familiar: how familiar a concept must be for all this to hold.
+    and what is added for familiarity. familiar: how familiar a concept must be for all this to hold. usual: the mean
+    cosine with the bank's likest pictures that most pictures reach.
     """
 
     weights: tuple[float, float, float, float]
     needed: tuple[float, float]
     familiar: float
+    usual: float
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Exclusion:
         """What `dataclasses.asdict` gave. Raises ValueError if numbers are missing or not finite."""
         one, cosine, context, level = (float(weight) for weight in values["weights"])
         constant, slope = (float(part) for part in values["needed"])
-        found = cls((one, cosine, context, level), (constant, slope), float(values["familiar"]))
-        if not np.isfinite([*found.weights, *found.needed, found.familiar]).all():
+        rest = float(values["familiar"]), float(values["usual"])
+        found = cls((one, cosine, context, level), (constant, slope), *rest)
+        if not np.isfinite([*found.weights, *found.needed, *rest]).all():
             raise ValueError("a number of the exclusion is not finite")
         return found
 

@@ -16,9 +16,12 @@ A logistic regression makes a confidence of them, from even odds: how often a co
 to collection, so what is known is how far the numbers speak for one or the other. How much confidence is enough depends
 on the concept's familiarity, how near those captions come that name it: where captions say a thing plainly
 ("basketball"), the pictures that show it speak for it plainly too, and less is something else; of what captions rather
-imply ("person") less must do. A concept that no captions come near (nonsense, or a thing that they never name) is not
-one of those that the weights were found for. Then only pictures are vetoed that stand out from the bank's as a normal
-distribution would let hardly any: a word that means nothing should not empty the results.
+imply ("person") less must do. It also depends on the picture: the less it is like the bank's, the less is known of what
+the numbers mean there, and the more is asked of them.
+
+A concept that no captions come near (nonsense, or a thing that they never name) is not one of those that the weights
+were found for. Then only pictures are vetoed that stand out from the bank's as a normal distribution would let hardly
+any: a word that means nothing should not empty the results.
 """
 
 from __future__ import annotations
@@ -48,8 +51,19 @@ HUMAN = frozenset(
 ARTICLES = ("a ", "an ", "the ", "any ", "some ")
 SHARPNESS = 10.0  # of the soft maximum
 NEIGHBOURS = 10  # pictures of the bank that make a context
+STRANGE = (
+    15.0  # log odds asked for each 1 that the cosine with the likest pictures of the bank falls short of the usual
+)
 NAMING = 5  # captions of the bank that tell how familiar a concept is
 OUTSTANDING = 3.0  # standard deviations above the bank's mean
+
+
+@dataclass(frozen=True, eq=False)
+class Likest:
+    """Of n pictures: the places [n, few] of the bank's that are most like each, and the mean cosine [n] with them."""
+
+    places: Integers
+    cosine: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +83,7 @@ def shows(
 ) -> list[NDArray[np.bool_]]:
     """For each concept, which pictures [n] are taken to show it. Raises ClipmatchError as `judge` does."""
     rows = np.asarray(gallery_rows, np.float32)
-    likest = neighbours(calibration, rows) if calibration.exclusion and len(concepts) > 1 else None
+    likest = find_likest(calibration, rows) if calibration.exclusion else None
     return [judge(calibration, embed_concept(embedder.embed_texts, text), rows, likest).vetoed for text in concepts]
 
 
@@ -97,11 +111,11 @@ def names_of(concept: str) -> tuple[str, ...]:
 
 
 def judge(
-    calibration: Calibration, concept_rows: ArrayLike, gallery_rows: ArrayLike, likest: Integers | None = None
+    calibration: Calibration, concept_rows: ArrayLike, gallery_rows: ArrayLike, likest: Likest | None = None
 ) -> Verdict:
     """The rows of a concept's phrasings [p, d] and pictures [n, d], all of them unit rows -> a verdict on each picture.
 
-    likest: what `neighbours(calibration, gallery_rows)` gave, so that many concepts pay for it once.
+    likest: what `find_likest(calibration, gallery_rows)` gave, so that many concepts pay for it once.
     Raises ClipmatchError on rows that are not finite or don't fit, and if the calibration knows no exclusion.
     """
     exclusion = calibration.exclusion
@@ -116,6 +130,7 @@ def judge(
             f"The concept has shape {concept.shape} and the pictures {rows.shape}, but this calibration is for rows of "
             f"{calibration.dim} numbers; embed both with the model that it was fitted for."
         )
+    likest = likest or find_likest(calibration, rows)
     evidence = features(calibration, concept, rows, likest) @ np.array(exclusion.weights)
     if not np.isfinite(evidence).all():
         raise ClipmatchError("An embedding of the concept or of a picture is not finite; check the model.")
@@ -123,31 +138,38 @@ def judge(
     known = familiarity(calibration, concept)
     if known >= exclusion.familiar:
         constant, slope = exclusion.needed
-        return Verdict(confidence, evidence >= constant + slope * known, True)
+        return Verdict(confidence, evidence >= constant + slope * known + strangeness(likest, exclusion.usual), True)
     usual = nearness(calibration.pictures, concept)
     return Verdict(confidence, nearness(rows, concept) >= usual.mean() + OUTSTANDING * usual.std(), False)
 
 
 def features(
-    calibration: Calibration, concept_rows: Floats, gallery_rows: Floats, likest: Integers | None = None
+    calibration: Calibration, concept_rows: Floats, gallery_rows: Floats, likest: Likest
 ) -> NDArray[np.float64]:
     """A concept [p, d] and pictures [n, d] -> [n, 4]: 1, cosine, context, level."""
     usual = nearness(calibration.pictures, concept_rows)  # [c]
-    near = neighbours(calibration, gallery_rows) if likest is None else likest
     cosine = nearness(gallery_rows, concept_rows)
     return np.stack(
-        [np.ones_like(cosine), cosine, usual[near].mean(axis=1), np.full_like(cosine, usual.mean())], axis=1
+        [np.ones_like(cosine), cosine, usual[likest.places].mean(axis=1), np.full_like(cosine, usual.mean())], axis=1
     )
 
 
-def neighbours(calibration: Calibration, gallery_rows: Floats) -> Integers:
-    """Pictures [n, d] -> the places in the bank [n, few] of those that are most like each."""
+def find_likest(calibration: Calibration, gallery_rows: Floats) -> Likest:
+    """Pictures [n, d] -> those of the bank that are most like each."""
     few = min(NEIGHBOURS, len(calibration.pictures))
-    found = np.empty((len(gallery_rows), few), np.int64)
+    places, cosine = np.empty((len(gallery_rows), few), np.int64), np.empty(len(gallery_rows), np.float32)
     for start in range(0, len(gallery_rows), BLOCK):
         alike = gallery_rows[start : start + BLOCK] @ calibration.pictures.T  # [b, c]
-        found[start : start + BLOCK] = np.argpartition(-alike, few - 1, axis=1)[:, :few]
-    return found
+        found = np.argpartition(-alike, few - 1, axis=1)[:, :few]
+        places[start : start + BLOCK] = found
+        cosine[start : start + BLOCK] = np.take_along_axis(alike, found, axis=1).mean(axis=1)
+    return Likest(places, cosine)
+
+
+def strangeness(likest: Likest, usual: float) -> NDArray[np.float64]:
+    """What is asked of each picture [n] beside the rest, for being unlike the bank's. usual: how like them most are."""
+    asked: NDArray[np.float64] = STRANGE * np.maximum(0.0, usual - likest.cosine.astype(np.float64))
+    return asked
 
 
 def nearness(rows: Floats, concept_rows: Floats) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.calibration import Calibration, Exclusion, Floats
-from clipmatch.exclusion import EmbedTexts, Integers, embed_concept, familiarity, features, neighbours
+from clipmatch.exclusion import EmbedTexts, Integers, embed_concept, familiarity, features, find_likest, strangeness
 
 Pair: TypeAlias = tuple[int, Integers, Integers]
 
@@ -32,8 +32,9 @@ FEWEST = 8  # pictures that show a concept; concepts that can be fitted
 COMMON = 5  # pictures of a pair of concepts that show both, and that show the first without the second
 MOST = 300  # concepts: the most frequent ones
 PICTURES = 2000  # that a fit looks at: more change nothing
-REMOVED = 0.91  # of what is excluded, on the fit's own pictures and concepts: of others it is 0.9
+REMOVED = 0.908  # of what is excluded, on the fit's own pictures and concepts: of others it is 0.9
 FAMILIAR = 2 / 3  # of the familiarity that the fit's concepts have on average: less is not what it was fitted for
+USUAL = 0.25  # of the pictures are less like the bank's than is usual
 RIDGE = 1e-3  # against weights that run away where concepts are perfectly separable
 
 
@@ -101,7 +102,8 @@ def fit_exclusion(calibration: Calibration, image_rows: ArrayLike, concepts: Seq
     usable = [one for one in concepts if one.shown.sum() >= COMMON and one.lacking.sum() >= COMMON]
     if len(usable) < FEWEST:
         return None
-    likest = neighbours(calibration, images)
+    likest = find_likest(calibration, images)
+    usual = float(np.quantile(likest.cosine, USUAL))
     tables = [features(calibration, concept.rows, images, likest) for concept in usable]
     weights = fit_weights(tables, usable)
     if weights[1] <= 0:
@@ -111,8 +113,9 @@ def fit_exclusion(calibration: Calibration, image_rows: ArrayLike, concepts: Seq
     evidence = np.stack([table @ weights for table in tables])  # [k, n]
     typical = [row[concept.shown].mean() for row, concept in zip(evidence, usable, strict=True)]
     slope = float(np.polyfit(known, typical, 1)[0]) if np.ptp(known) > 0 else 0.0
-    constant = removing(evidence - slope * known[:, None], pairs_of(usable) or alone(usable))
-    return Exclusion((one, cosine, context, level), (constant, slope), FAMILIAR * float(known.mean()))
+    left = evidence - slope * known[:, None] - strangeness(likest, usual)
+    constant = removing(left, pairs_of(usable) or alone(usable))
+    return Exclusion((one, cosine, context, level), (constant, slope), FAMILIAR * float(known.mean()), usual)
 
 
 def fit_weights(tables: Sequence[NDArray[np.float64]], concepts: Sequence[Concept]) -> NDArray[np.float64]:
