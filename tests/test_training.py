@@ -27,6 +27,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, fold_standardisation
 from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
 from clipmatch.preprocess import Transform
+from clipmatch.runlog import read_history
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
 from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
@@ -458,6 +459,93 @@ def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_p
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {stopped}" in done.stderr
     assert "best model" in done.stdout
+
+
+EAGER = """\
+import sys
+from clipmatch import trainer
+trainer.SAVE_EVERY, trainer.SAVE_SHARE = 0.0, 1e9  # a save after each step, so that kills hit saves too
+from clipmatch.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--views", "2", "--average", "0.9"],
+        ["--tune-image", "1", "--tune-text", "1"],
+        ["--tune-image", "all", "--tune-text", "all", "--augment", "--workers", "2", "--accumulate", "2"],
+    ],
+    ids=["cached", "last-blocks", "whole-with-workers"],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_weights(folder, trained_towers, tmp_path, options):
+    """`kill -9`, again and again, wherever it hits: a step, a save, a look at dev, the log."""
+    rng = np.random.default_rng(len(options))
+    command = [sys.executable, "-c", EAGER, "train"]
+    first = ["--captions", str(folder), "--model", str(trained_towers), "--precision", "float32", *options]
+    first += ["--batch-size", "16", "--epochs", "4"]
+
+    def start(run, resumed):
+        arguments = [*command, "--out", str(tmp_path / run), *(["--resume"] if resumed else first)]
+        with (tmp_path / f"{run}.txt").open("a") as said:
+            return subprocess.Popen(arguments, stdout=said, stderr=said, start_new_session=True)
+
+    assert start("unbroken", False).wait(300) == 0
+    log, state = tmp_path / "broken" / "log.jsonl", tmp_path / "broken" / "last" / "state.json"
+    kills = []
+    while len(kills) < 3:
+        process = start("broken", bool(kills))
+        wait_for_news(process, log, state)
+        time.sleep(float(rng.uniform(0, 0.15)))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills.append(len(log.read_text().splitlines()))
+    assert kills, "it was never killed before its end"
+    assert start("broken", True).wait(300) == 0
+    assert "Traceback" not in (tmp_path / "broken.txt").read_text()
+    for name in ("last", "best"):
+        assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "broken", name))
+    losses = [
+        [(row["step"], row["loss"]) for row in read_history(tmp_path / run) if row["kind"] == "step"]
+        for run in ("unbroken", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def wait_for_news(process, log, state):
+    """Until a run has logged something and can be resumed, or has ended."""
+    size, end = log.stat().st_size if log.exists() else 0, time.monotonic() + 300
+    while process.poll() is None and not (state.exists() and log.exists() and log.stat().st_size > size):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_killed_before_its_first_look_at_dev_it_can_be_resumed(splits, trained_towers, tmp_path, monkeypatch):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "measure_dev", raising(MemoryError()))
+        with pytest.raises(MemoryError):
+            train(splits, settings, trained_towers, progress=False)
+    result = train(splits, settings, resume=True, progress=False)
+    assert result.finished
+    whole = train(splits, replace(settings, out=str(tmp_path / "whole")), trained_towers, progress=False)
+    assert same(weights(tmp_path / "run", "last"), weights(tmp_path / "whole", "last"))
+    assert result.dev == whole.dev
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_log_that_ends_within_a_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "dev": {"a": 1}')
+    assert read_history(tmp_path) == [{"step": 1}]
 
 
 def test_a_new_run_never_overwrites_an_old_one(splits, trained_towers, tmp_path):
