@@ -25,7 +25,7 @@ from clipmatch.demo_train import learn_tokenizer
 from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, fold_standardisation
-from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
+from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input, unfreeze
 from clipmatch.preprocess import Transform
 from clipmatch.runlog import read_history
 from clipmatch.runtime import Precision
@@ -395,11 +395,68 @@ def test_a_second_run_draws_other_batches(splits, trained_towers, tmp_path, monk
     assert not set(drawn["first"]) & set(drawn["second"])
 
 
+# Low-rank updates
+
+
+def test_adapters_learn_while_the_weights_stay(splits, trained_towers, tmp_path):
+    """Of the text tower and the last block of the image tower, linear layers alone change, by matrices of rank 2."""
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=2, batch_size=16, tune_image=1, tune_text="all", lora=2)
+    settings = replace(settings, rate_image=1e-2, rate_text=1e-2, rate_heads=1e-2, evaluate_every=2)
+    train(splits, settings, trained_towers, progress=False)
+    before, after = load_file(trained_towers / "model.safetensors"), weights(tmp_path / "run", "last")
+    assert before.keys() == after.keys()
+    towers = [name for name in before if ".backbone." in name]
+    changed = {name for name in towers if not torch.equal(before[name], after[name])}
+    ranks = {int(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5)) for name in changed}
+    assert ranks == {2}
+    expected = {name for name in towers if "text_encoder" in name or ".layers.2." in name or ".layer.2." in name}
+    assert changed == {
+        name
+        for name in expected
+        if name.endswith(".weight") and "norm" not in name.lower() and "embeddings" not in name
+    }
+
+
+def test_a_model_with_adapters_answers_as_it_is_saved(trained_towers, tmp_path):
+    checkpoint = load_checkpoint(trained_towers)
+    model = checkpoint.model
+    assert unfreeze(model.image_encoder.backbone, "all", lora=3) == 0
+    learning = [name for name, value in model.image_encoder.named_parameters() if value.requires_grad]
+    assert learning
+    assert all(".lora_" in name for name in learning if "backbone" in name)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.05)
+    pixels = torch.rand(2, 3, 32, 32)
+    rows = model.eval().encode_image(pixels)
+    checkpoint.save(tmp_path / "merged")
+    plain = load_checkpoint(tmp_path / "merged").model
+    assert not [name for name in plain.state_dict() if "lora" in name]
+    assert torch.allclose(plain.encode_image(pixels), rows, atol=1e-5)
+    assert not torch.allclose(load_checkpoint(trained_towers).model.encode_image(pixels), rows, atol=1e-2)
+
+
+def test_adapters_with_less_memory_give_the_same_run(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "plain"), epochs=1, batch_size=16, tune_text="all", lora=2)
+    settings = replace(settings, rate_text=1e-2, precision="float32")
+    train(splits, settings, trained_towers, progress=False)
+    thrifty = replace(settings, out=str(tmp_path / "thrifty"), gradient_checkpointing=True)
+    train(splits, thrifty, trained_towers, progress=False)
+    one, other = weights(tmp_path / "plain", "last"), weights(tmp_path / "thrifty", "last")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_a_tower_without_linear_layers_has_nothing_to_adapt():
+    with pytest.raises(ClipmatchError, match="Sequential has no linear layers that LoRA could update"):
+        unfreeze(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), "all", lora=2)
+
+
 # Stopping and going on
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-@pytest.mark.parametrize("kind", ["whole", "cached", "averaged", "taught"])
+@pytest.mark.parametrize("kind", ["whole", "cached", "averaged", "taught", "lora"])
 def test_a_resumed_run_ends_with_the_same_weights(
     splits, tokenizer, trained_towers, tmp_path, monkeypatch, kind, kill_at
 ):
@@ -413,6 +470,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
         settings = replace(settings, average=0.9, concepts=str(some_concepts(tmp_path)), concept_batch=2)
     if kind == "taught":
         settings = replace(settings, teachers=(str(trained_towers), str(trained_towers)))
+    if kind == "lora":
+        settings = replace(settings, tune_image=1, tune_text="all", lora=2, average=0.9)
     train(splits, settings, **start, progress=False)
 
     take_step = Trainer.take_step
@@ -654,6 +713,8 @@ def test_missing_pictures_and_copies_of_a_bad_one_are_all_reported(folder, train
         {"tune_image": "all", "views": 3},
         {"batch_size": 1},
         {"tune_text": "some"},
+        {"lora": 4},
+        {"lora": -1, "tune_text": "all"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipmatch.adapters import adapter_state, restore_adapters
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig, to_json
@@ -49,6 +50,7 @@ from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, So
 from clipmatch.teachers import Teachers, ask_teachers
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
+ADAPTERS = "adapters.safetensors"
 SAVE_EVERY = 60.0  # seconds between saves of last/, so much is lost at most when a run is killed ...
 SAVE_SHARE = 0.05  # ... unless saving would take more than this part of the time
 
@@ -85,8 +87,8 @@ class Trainer:
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
-        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
-        unfreeze(self.model.text_encoder.backbone, settings.tune_text)
+        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image, settings.lora)
+        unfreeze(self.model.text_encoder.backbone, settings.tune_text, settings.lora)
         refuse_frozen_random(checkpoint, settings)
         choose_attention(self.model.text_encoder.backbone, self.model.config.max_length, self.device)
         choose_attention(self.model.image_encoder.backbone, image_tokens(self.model), self.device)
@@ -342,6 +344,8 @@ class Trainer:
         extra = {OPTIMIZER: tensors, STATE: state}
         if self.average:
             extra[AVERAGE] = {name: value.cpu() for name, value in self.average.values.items()}
+        if self.settings.lora:
+            extra[ADAPTERS] = adapter_state(self.model)
         self.save("last", extra)
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - began
@@ -371,6 +375,8 @@ class Trainer:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
         folder = find_folder(self.out / "last")
         unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
+        if self.settings.lora:
+            restore_adapters(self.model, load_file(folder / ADAPTERS))
         if self.average:
             for name, value in load_file(folder / AVERAGE).items():
                 self.average.values[name].copy_(value)
