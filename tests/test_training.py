@@ -25,8 +25,9 @@ from clipmatch.demo_train import learn_tokenizer
 from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, fold_standardisation
-from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input
+from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input, unfreeze
 from clipmatch.preprocess import Transform
+from clipmatch.runlog import read_history
 from clipmatch.runtime import Precision
 from clipmatch.scenes import generate
 from clipmatch.sources import EpochBatches, LiveTexts, PairDataset
@@ -394,11 +395,68 @@ def test_a_second_run_draws_other_batches(splits, trained_towers, tmp_path, monk
     assert not set(drawn["first"]) & set(drawn["second"])
 
 
+# Low-rank updates
+
+
+def test_adapters_learn_while_the_weights_stay(splits, trained_towers, tmp_path):
+    """Of the text tower and the last block of the image tower, linear layers alone change, by matrices of rank 2."""
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=2, batch_size=16, tune_image=1, tune_text="all", lora=2)
+    settings = replace(settings, rate_image=1e-2, rate_text=1e-2, rate_heads=1e-2, evaluate_every=2)
+    train(splits, settings, trained_towers, progress=False)
+    before, after = load_file(trained_towers / "model.safetensors"), weights(tmp_path / "run", "last")
+    assert before.keys() == after.keys()
+    towers = [name for name in before if ".backbone." in name]
+    changed = {name for name in towers if not torch.equal(before[name], after[name])}
+    ranks = {int(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5)) for name in changed}
+    assert ranks == {2}
+    expected = {name for name in towers if "text_encoder" in name or ".layers.2." in name or ".layer.2." in name}
+    assert changed == {
+        name
+        for name in expected
+        if name.endswith(".weight") and "norm" not in name.lower() and "embeddings" not in name
+    }
+
+
+def test_a_model_with_adapters_answers_as_it_is_saved(trained_towers, tmp_path):
+    checkpoint = load_checkpoint(trained_towers)
+    model = checkpoint.model
+    assert unfreeze(model.image_encoder.backbone, "all", lora=3) == 0
+    learning = [name for name, value in model.image_encoder.named_parameters() if value.requires_grad]
+    assert learning
+    assert all(".lora_" in name for name in learning if "backbone" in name)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.05)
+    pixels = torch.rand(2, 3, 32, 32)
+    rows = model.eval().encode_image(pixels)
+    checkpoint.save(tmp_path / "merged")
+    plain = load_checkpoint(tmp_path / "merged").model
+    assert not [name for name in plain.state_dict() if "lora" in name]
+    assert torch.allclose(plain.encode_image(pixels), rows, atol=1e-5)
+    assert not torch.allclose(load_checkpoint(trained_towers).model.encode_image(pixels), rows, atol=1e-2)
+
+
+def test_adapters_with_less_memory_give_the_same_run(splits, trained_towers, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "plain"), epochs=1, batch_size=16, tune_text="all", lora=2)
+    settings = replace(settings, rate_text=1e-2, precision="float32")
+    train(splits, settings, trained_towers, progress=False)
+    thrifty = replace(settings, out=str(tmp_path / "thrifty"), gradient_checkpointing=True)
+    train(splits, thrifty, trained_towers, progress=False)
+    one, other = weights(tmp_path / "plain", "last"), weights(tmp_path / "thrifty", "last")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_a_tower_without_linear_layers_has_nothing_to_adapt():
+    with pytest.raises(ClipmatchError, match="Sequential has no linear layers that LoRA could update"):
+        unfreeze(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), "all", lora=2)
+
+
 # Stopping and going on
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-@pytest.mark.parametrize("kind", ["whole", "cached", "averaged", "taught"])
+@pytest.mark.parametrize("kind", ["whole", "cached", "averaged", "taught", "lora"])
 def test_a_resumed_run_ends_with_the_same_weights(
     splits, tokenizer, trained_towers, tmp_path, monkeypatch, kind, kill_at
 ):
@@ -412,6 +470,8 @@ def test_a_resumed_run_ends_with_the_same_weights(
         settings = replace(settings, average=0.9, concepts=str(some_concepts(tmp_path)), concept_batch=2)
     if kind == "taught":
         settings = replace(settings, teachers=(str(trained_towers), str(trained_towers)))
+    if kind == "lora":
+        settings = replace(settings, tune_image=1, tune_text="all", lora=2, average=0.9)
     train(splits, settings, **start, progress=False)
 
     take_step = Trainer.take_step
@@ -458,6 +518,93 @@ def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_p
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {stopped}" in done.stderr
     assert "best model" in done.stdout
+
+
+EAGER = """\
+import sys
+from clipmatch import trainer
+trainer.SAVE_EVERY, trainer.SAVE_SHARE = 0.0, 1e9  # a save after each step, so that kills hit saves too
+from clipmatch.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--views", "2", "--average", "0.9"],
+        ["--tune-image", "1", "--tune-text", "1"],
+        ["--tune-image", "all", "--tune-text", "all", "--augment", "--workers", "2", "--accumulate", "2"],
+    ],
+    ids=["cached", "last-blocks", "whole-with-workers"],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_weights(folder, trained_towers, tmp_path, options):
+    """`kill -9`, again and again, wherever it hits: a step, a save, a look at dev, the log."""
+    rng = np.random.default_rng(len(options))
+    command = [sys.executable, "-c", EAGER, "train"]
+    first = ["--captions", str(folder), "--model", str(trained_towers), "--precision", "float32", *options]
+    first += ["--batch-size", "16", "--epochs", "4"]
+
+    def start(run, resumed):
+        arguments = [*command, "--out", str(tmp_path / run), *(["--resume"] if resumed else first)]
+        with (tmp_path / f"{run}.txt").open("a") as said:
+            return subprocess.Popen(arguments, stdout=said, stderr=said, start_new_session=True)
+
+    assert start("unbroken", False).wait(300) == 0
+    log, state = tmp_path / "broken" / "log.jsonl", tmp_path / "broken" / "last" / "state.json"
+    kills = []
+    while len(kills) < 3:
+        process = start("broken", bool(kills))
+        wait_for_news(process, log, state)
+        time.sleep(float(rng.uniform(0, 0.15)))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills.append(len(log.read_text().splitlines()))
+    assert kills, "it was never killed before its end"
+    assert start("broken", True).wait(300) == 0
+    assert "Traceback" not in (tmp_path / "broken.txt").read_text()
+    for name in ("last", "best"):
+        assert same(weights(tmp_path / "unbroken", name), weights(tmp_path / "broken", name))
+    losses = [
+        [(row["step"], row["loss"]) for row in read_history(tmp_path / run) if row["kind"] == "step"]
+        for run in ("unbroken", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def wait_for_news(process, log, state):
+    """Until a run has logged something and can be resumed, or has ended."""
+    size, end = log.stat().st_size if log.exists() else 0, time.monotonic() + 300
+    while process.poll() is None and not (state.exists() and log.exists() and log.stat().st_size > size):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_killed_before_its_first_look_at_dev_it_can_be_resumed(splits, trained_towers, tmp_path, monkeypatch):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "measure_dev", raising(MemoryError()))
+        with pytest.raises(MemoryError):
+            train(splits, settings, trained_towers, progress=False)
+    result = train(splits, settings, resume=True, progress=False)
+    assert result.finished
+    whole = train(splits, replace(settings, out=str(tmp_path / "whole")), trained_towers, progress=False)
+    assert same(weights(tmp_path / "run", "last"), weights(tmp_path / "whole", "last"))
+    assert result.dev == whole.dev
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_log_that_ends_within_a_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "dev": {"a": 1}')
+    assert read_history(tmp_path) == [{"step": 1}]
 
 
 def test_a_new_run_never_overwrites_an_old_one(splits, trained_towers, tmp_path):
@@ -566,6 +713,8 @@ def test_missing_pictures_and_copies_of_a_bad_one_are_all_reported(folder, train
         {"tune_image": "all", "views": 3},
         {"batch_size": 1},
         {"tune_text": "some"},
+        {"lora": 4},
+        {"lora": -1, "tune_text": "all"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

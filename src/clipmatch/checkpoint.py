@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from clipmatch.adapters import plain_state
 from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
@@ -153,7 +154,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
     folder = Path(folder).expanduser().resolve()
     refuse_foreign(folder, {CONFIG, WEIGHTS, TOKENIZER, CALIBRATION, *extra})
     with atomic_folder(folder) as draft:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in plain_state(checkpoint.model).items()}
         save_file(tensors, draft / WEIGHTS)
         checkpoint.tokenizer.save(draft / TOKENIZER)
         architecture = to_json(checkpoint.model.architecture())

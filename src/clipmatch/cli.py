@@ -162,6 +162,7 @@ TRAIN_HELP = {
     "batch_size": "Pairs that compete with each other; larger is better for heads.",
     "tune_image": "Image tower: none (heads only, on cached features), the last N blocks, or all.",
     "tune_text": "Text tower: the same.",
+    "lora": "Rank of updates that tuned towers learn in place of their weights (LoRA); wants ten times their rates.",
     "rate_heads": "Peak learning rate of the heads.",
     "rate_image": "Peak learning rate of the image tower, as far as it is tuned.",
     "rate_text": "Peak learning rate of the text tower, as far as it is tuned.",

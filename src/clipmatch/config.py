@@ -89,6 +89,7 @@ class TrainConfig:
     batch_size: int = 256
     tune_image: int | str = "none"  # "none": heads only, on cached features; k: the last k blocks too; "all"
     tune_text: int | str = "none"
+    lora: int = 0  # rank of the updates that tuned towers learn in place of their weights (LoRA); 0: the weights
     rate_heads: float = 1e-3  # peak learning rates
     rate_image: float = 3e-5  # towers come pretrained and need small steps
     rate_text: float = 5e-5
@@ -120,6 +121,9 @@ class TrainConfig:
             value = getattr(self, name)
             good = value in ("none", "all") or (isinstance(value, int) and value > 0)
             require(good, f"{name} must be none, all or a number of blocks", value)
+        require(self.lora >= 0, "lora must not be negative", self.lora)
+        tuned = self.tune_image != "none" or self.tune_text != "none"
+        require(not self.lora or tuned, "lora needs a tower to tune (tune_image, tune_text)", self.lora)
         require(self.batch_size > 1, "batch_size must be at least 2: a pair needs negatives", self.batch_size)
         for name in ("rate_heads", "rate_image", "rate_text", "clip_norm"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from clipmatch.adapters import add_adapters
 from clipmatch.config import TrainConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, blocks_of, trained_part
@@ -23,18 +24,25 @@ from clipmatch.model import CLIPModel, Standardise, blocks_of, trained_part
 NARROWEST = 0.02  # of the spread of all features, added to that of each
 
 
-def unfreeze(backbone: nn.Module, tune: int | str) -> int:
-    """Set which weights of a tower learn -> how many of its last blocks do (0: none, or all)."""
+def unfreeze(backbone: nn.Module, tune: int | str, lora: int = 0) -> int:
+    """Set which weights of a tower learn, or with `lora` updates of that rank -> how many of its last blocks learn (0:
+    none, or all).
+    """
     if tune != "none" and not any(True for _ in backbone.parameters()):
         raise ClipmatchError("The towers of this model are ONNX graphs and stay; leave out --tune-image, --tune-text.")
     backbone.requires_grad_(tune == "all")
     if isinstance(tune, str):
+        if lora and tune == "all":
+            add_adapters(backbone, [backbone], lora)
         return 0
     blocks = blocks_of(backbone)
     if tune > len(blocks):
         raise ClipmatchError(f"The tower has {len(blocks)} blocks, fewer than the {tune} to tune; give all.")
-    for part in trained_part(backbone, tune):
+    parts = trained_part(backbone, tune)
+    for part in parts:
         part.requires_grad_(True)
+    if lora:
+        add_adapters(backbone, parts, lora)
     return tune
 
 

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from clipmatch.data import CaptionSet
 
+LOG = "log.jsonl"
+
 
 def note(text: str) -> None:
     """A line on stderr that does not break the progress bar."""
@@ -63,9 +65,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.history = history
-        self.file = (out / "log.jsonl").open("w", encoding="utf-8")
-        for row in history:
-            self.file.write(json.dumps(row) + "\n")
+        path, draft = out / LOG, out / f"{LOG}.draft"
+        draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        draft.replace(path)  # in one step: a run that is killed here keeps its log
+        self.file = path.open("a", encoding="utf-8")
         last = history[-1]["step"] if history else 0
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)  # type: ignore[no-untyped-call]
 
@@ -99,7 +102,8 @@ class RunLog:
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's log.jsonl."""
-    path = Path(run) / "log.jsonl"
+    path = Path(run) / LOG
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # after the last line break: nothing, or a line cut off by a kill

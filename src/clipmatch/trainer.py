@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipmatch.adapters import adapter_state, restore_adapters
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig, to_json
@@ -49,7 +50,9 @@ from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, So
 from clipmatch.teachers import Teachers, ask_teachers
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
-SAVE_EVERY = 60.0  # seconds between saves of last/
+ADAPTERS = "adapters.safetensors"
+SAVE_EVERY = 60.0  # seconds between saves of last/, so much is lost at most when a run is killed ...
+SAVE_SHARE = 0.05  # ... unless saving would take more than this part of the time
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,14 @@ class Trainer:
         self.train_hash, self.dev_hash = content_hash(splits.train), content_hash(splits.dev)
         self.out = Path(settings.out)
         self.seed = state.get("seed", settings.seed) if state else seed_of_draws(settings.seed, checkpoint.fingerprint)
+        self.began_from = state.get("began_from", "") if state else checkpoint.fingerprint  # "": new heads
         reuse_memory()
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
-        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image)
-        unfreeze(self.model.text_encoder.backbone, settings.tune_text)
+        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image, settings.lora)
+        unfreeze(self.model.text_encoder.backbone, settings.tune_text, settings.lora)
         refuse_frozen_random(checkpoint, settings)
         choose_attention(self.model.text_encoder.backbone, self.model.config.max_length, self.device)
         choose_attention(self.model.image_encoder.backbone, image_tokens(self.model), self.device)
@@ -124,7 +128,7 @@ class Trainer:
         self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
         self.step = 0
-        self.saved = -math.inf
+        self.saved, self.save_seconds = time.perf_counter(), 0.0
         self.best: dict[str, Any] | None = None
         self.best_step = -1
         self.looks_since_best = 0
@@ -150,24 +154,26 @@ class Trainer:
     def run(self) -> Result:
         """Train to the end, to early stopping or to Ctrl-C."""
         total = self.steps_per_epoch * self.settings.epochs
-        finished, losses, began = True, [], time.perf_counter()
+        finished, began = True, time.perf_counter()
         self.model.train()
         note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
         with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
-            if self.step == 0 and self.best is None and self.checkpoint.fingerprint:  # what is to be beaten
-                self.look_at_dev()
-                self.save_last()
+            if self.step == 0 and self.best is None:
+                self.save_last()  # from now on the run can be resumed
+                if self.began_from:  # what is to be beaten
+                    self.look_at_dev()
+                    self.save_last()
             batches = iter(self.loader())
             while self.step < total and not stop() and not self.exhausted:
                 figures = self.take_step(batches, total)
-                losses.append(figures["loss"])
                 log.step(figures)
                 bar.update()
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", scale=f"{figures['logit_scale']:.1f}", refresh=False)
                 if self.step % self.steps_per_epoch == 0:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
-                    self.end_epoch(log, float(np.mean(losses)), seconds, last=self.step == total)
-                    losses = []
+                    self.end_epoch(log, seconds, last=self.step == total)
+                if self.step == total or self.exhausted or self.save_is_due():
+                    self.save_last()
             if self.exhausted:
                 note(f"stopped early: no better dev recall in {self.settings.patience} looks")
             elif self.step < total:
@@ -280,16 +286,15 @@ class Trainer:
         """Whether patience has run out."""
         return self.settings.patience is not None and self.looks_since_best >= self.settings.patience
 
-    def end_epoch(self, log: RunLog, train_loss: float, seconds: float, last: bool) -> None:
-        """Measure on dev when it is due, log, save."""
+    def end_epoch(self, log: RunLog, seconds: float, last: bool) -> None:
+        """Measure on dev when it is due, and log."""
         epoch = self.step // self.steps_per_epoch
-        row: dict[str, Any] = {"kind": "epoch", "epoch": epoch - 1, "step": self.step, "train_loss": train_loss}
-        row["seconds"] = seconds
+        losses = [row["loss"] for row in self.history if row["kind"] == "step" and row["epoch"] == epoch - 1]
+        row: dict[str, Any] = {"kind": "epoch", "epoch": epoch - 1, "step": self.step}
+        row |= {"train_loss": float(np.mean(losses)), "seconds": seconds}
         if last or epoch % self.settings.evaluate_every == 0:
             row["dev"] = self.look_at_dev()
         log.epoch(row)
-        if last or self.exhausted or time.perf_counter() - self.saved > SAVE_EVERY:
-            self.save_last()
 
     def look_at_dev(self) -> dict[str, Any]:
         """Recall on dev; a better one than ever is saved as best/."""
@@ -315,12 +320,18 @@ class Trainer:
         self.failures += self.dev.failures
         return measure(*rows, bootstrap=False)
 
+    def save_is_due(self) -> bool:
+        """Whether enough would be lost by now, were the run killed, to pay for a save."""
+        return time.perf_counter() - self.saved > max(SAVE_EVERY, self.save_seconds / SAVE_SHARE)
+
     def save_last(self) -> None:
         """Everything that a resumed run needs."""
+        began = time.perf_counter()
         tensors, numbers = pack_optimizer(self.optimizer)
         state = {
             "split_hash": self.train_hash,
             "seed": self.seed,
+            "began_from": self.began_from,
             "step": self.step,
             "total": self.steps_per_epoch * self.settings.epochs,
             "best": self.best,
@@ -333,8 +344,11 @@ class Trainer:
         extra = {OPTIMIZER: tensors, STATE: state}
         if self.average:
             extra[AVERAGE] = {name: value.cpu() for name, value in self.average.values.items()}
+        if self.settings.lora:
+            extra[ADAPTERS] = adapter_state(self.model)
         self.save("last", extra)
         self.saved = time.perf_counter()
+        self.save_seconds = self.saved - began
 
     def save(self, name: str, extra: dict[str, Any] | None) -> None:
         """Write best/ or last/ as a model folder."""
@@ -361,6 +375,8 @@ class Trainer:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
         folder = find_folder(self.out / "last")
         unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
+        if self.settings.lora:
+            restore_adapters(self.model, load_file(folder / ADAPTERS))
         if self.average:
             for name, value in load_file(folder / AVERAGE).items():
                 self.average.values[name].copy_(value)
