@@ -26,10 +26,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, exclude
 def sigmoid_loss(
     images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, excluded: Tensor | None = None
 ) -> Tensor:
-    """For each image and each text of the batch: do they belong together? (SigLIP, Zhai et al. 2023) -> scalar, in nats.
+    """For each image and each text of the batch: do they belong together? (SigLIP, Zhai et al. 2023) -> scalar.
 
-    The sum over all [b, b] answers, divided by b. images, texts, excluded: as for `contrastive_loss`; an excluded pair
-    is not asked about. logit_bias: scalar, added to the logits: nearly all pairs are negative.
+    The cross-entropy, in nats, summed over all [b, b] answers and divided by b. images, texts, excluded: as for
+    `contrastive_loss`; an excluded pair is not asked about. logit_bias: scalar, added to the logits, for nearly all
+    answers are no.
     """
     logits = logit_scale * images @ texts.T + logit_bias  # [b images, b texts]
     wanted = 2 * torch.eye(len(logits), device=logits.device) - 1
