@@ -9,7 +9,6 @@ so that loss and gradients can be compared. Each setting is a process of its own
 
 import argparse
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -22,7 +21,7 @@ from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import load_captions, split_captions
 from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Transform
+from clipmatch.preprocess import Tokenizer, Transform
 from clipmatch.runtime import seed_everything, usable_cores
 from clipmatch.scenes import generate
 from clipmatch.trainer import Trainer
@@ -57,7 +56,8 @@ def measure(folder, batch, chunk):
         out=str(folder / "run"), batch_size=batch, chunk=chunk, tune_image="all", tune_text="all", epochs=STEPS,
         precision="float32", device="cpu", workers=0,
     )  # fmt: skip
-    trainer = Trainer(build(learn_tokenizer(splits.train)), splits, settings, None, progress=False)
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    trainer = Trainer(build(tokenizer), splits, settings, None, progress=False)
     trainer.model.train()
     batches = iter(trainer.loader())
     before = peak()
@@ -75,8 +75,7 @@ def measure(folder, batch, chunk):
 def measure_alone(folder, batch, chunk):
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--batch", str(batch), "--alone", str(folder), "--chunks", str(chunk)]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same vocabulary in each
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -105,6 +104,7 @@ def main():
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = generate(Path(scratch) / "scenes", n_train=arguments.batch, n_dev=16, size=64, progress=False)
+        learn_tokenizer(split_captions(load_captions(folder)).train).save(folder / "tokenizer.json")
         rows = [measure_alone(folder, arguments.batch, chunk) for chunk in (0, *arguments.chunks)]
     print(table(arguments.batch, rows))
     if arguments.json:
