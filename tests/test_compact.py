@@ -225,9 +225,9 @@ def test_the_best_model_searches_while_the_run_goes_on(base, splits, tmp_path, m
     assert seen == [(1, 16)] * 6
 
 
-@pytest.mark.parametrize("kill_at", [1, 6, 8])
-def test_a_resumed_run_ends_with_the_same_model(base, splits, tmp_path, monkeypatch, kill_at):
-    train(splits, settings(tmp_path / "unbroken", views=2), load_heads(base), progress=False)
+@pytest.mark.parametrize(("kill_at", "loss"), [(1, "softmax"), (6, "softmax"), (8, "softmax"), (8, "sigmoid")])
+def test_a_resumed_run_ends_with_the_same_model(base, splits, tmp_path, monkeypatch, kill_at, loss):
+    train(splits, settings(tmp_path / "unbroken", views=2, loss=loss), load_heads(base), progress=False)
     take_step = Trainer.take_step
 
     def interrupted(self, batches, total):
@@ -236,7 +236,7 @@ def test_a_resumed_run_ends_with_the_same_model(base, splits, tmp_path, monkeypa
             signal.raise_signal(signal.SIGINT)
         return figures
 
-    broken = settings(tmp_path / "broken", views=2)
+    broken = settings(tmp_path / "broken", views=2, loss=loss)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "take_step", interrupted)
         assert not train(splits, broken, load_heads(base), progress=False).finished

@@ -35,6 +35,7 @@ from clipmatch.modelfolder import (
     CONFIG,
     IMAGE_GRAPH,
     LOG_SCALE,
+    LOGIT_BIAS,
     TEXT_GRAPH,
     TOKENIZER,
     config_values,
@@ -54,7 +55,7 @@ HEADS = {  # the weights behind the pooled features, in each graph
 }
 PREFIX = "model."  # of their names in the graphs
 BASE = "towers_of"  # the fingerprint of the model that the towers were first read from
-KEPT = ("licence", LOG_SCALE, BASE)  # of what config.json says: the figures are of other heads
+KEPT = ("licence", LOG_SCALE, LOGIT_BIAS, BASE)  # of what config.json says: the figures are of other heads
 
 
 @dataclass(frozen=True, eq=False)

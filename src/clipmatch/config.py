@@ -18,6 +18,7 @@ Config = TypeVar("Config")
 DEFAULT_IMAGE_TOWER = "google/vit-base-patch16-224"
 DEFAULT_TEXT_TOWER = "distilbert-base-uncased"
 INIT_LOGIT_SCALE = 1 / 0.07  # CLIP's start
+LOSSES = ("softmax", "sigmoid", "hinge")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class TrainConfig:
     rate_image: float = 3e-5  # towers come pretrained and need small steps
     rate_text: float = 5e-5
     weight_decay: float = 0.1  # not on norms, biases and logit scale
+    loss: str = "softmax"  # CLIP's; "sigmoid": SigLIP's; "hinge": VSE++'s, of the hardest negatives alone
+    hard_negatives: float = 0.0  # share of each batch that are neighbours of its other pictures
+    mine_every: int = 1  # epochs between looks at who is whose neighbour
+    mixup: float = 0.0  # Beta parameter by which cached features of pairs are mixed; 0: not at all
     warmup: float = 0.05  # fraction of all steps with rising rate; a cosine to zero follows
     clip_norm: float = 1.0
     average: float = 0.0  # of the weights over the steps, exponential with this decay, is measured and kept; 0: none
@@ -106,6 +111,7 @@ class TrainConfig:
     augment: bool = False  # live augmentation, when the image tower is trained as a whole
     flip: bool = True  # mirror in augmented views; wrong for captions with "left" and "right"
     accumulate: int = 1  # batches a step; each batch has its own negatives
+    chunk: int | None = None  # pairs that pass the towers at a time; the loss sees the whole batch all the same
     gradient_checkpointing: bool = False  # less memory, a third more time
     evaluate_every: int = 1  # epochs between looks at dev
     patience: int | None = None  # looks at dev without a better recall before stopping; None: run to the end
@@ -115,7 +121,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "views"):
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "views", "mine_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("tune_image", "tune_text"):
             value = getattr(self, name)
@@ -129,6 +135,14 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
         object.__setattr__(self, "teachers", tuple(self.teachers))  # JSON brings lists
         require(0 <= self.teacher_weight <= 1, "teacher_weight must be in [0, 1]", self.teacher_weight)
+        require(self.loss in LOSSES, f"loss must be one of {LOSSES}", self.loss)
+        require(0 <= self.hard_negatives < 1, "hard_negatives must be in [0, 1)", self.hard_negatives)
+        require(self.chunk is None or self.chunk >= 1, "chunk must be at least 1", self.chunk)
+        require(self.mixup >= 0, "mixup must not be negative", self.mixup)
+        if self.mixup:
+            cached = self.tune_image == self.tune_text == "none"
+            require(cached, "mixup mixes cached features; it needs tune_image and tune_text none", self.mixup)
+            require(not self.teachers, "teachers know nothing of mixed pairs; leave out mixup or them", self.mixup)
         require(0 <= self.average < 1, "average must be in [0, 1)", self.average)
         require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
         require(self.seed >= 0, "seed must not be negative", self.seed)

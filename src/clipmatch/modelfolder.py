@@ -27,6 +27,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION = "image.onnx", "text.onnx", "calibration.json"
 FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION)
 LOG_SCALE = "log_logit_scale"  # in "about" of an ONNX folder, whose graphs have no need of it: training goes on from it
+LOGIT_BIAS = "logit_bias"  # in "about" of a model trained with the sigmoid loss: training goes on from it
 EMBEDDED = Path(__file__).parent / "embedded"  # the model that comes with the package
 
 

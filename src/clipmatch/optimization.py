@@ -17,11 +17,35 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clipmatch.adapters import add_adapters
-from clipmatch.config import TrainConfig
+from clipmatch.config import ModelConfig, TrainConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, blocks_of, trained_part
 
 NARROWEST = 0.02  # of the spread of all features, added to that of each
+
+
+def refuse_frozen_random(config: ModelConfig, settings: TrainConfig) -> None:
+    """Heads of a new model on a frozen random tower learn next to nothing: say so instead."""
+    for kind, tower, tune in (
+        ("image", config.image_tower, settings.tune_image),
+        ("text", config.text_tower, settings.tune_text),
+    ):
+        if isinstance(tower, dict) and tune != "all":
+            raise ClipmatchError(f"The {kind} tower has no pretrained weights; train it whole (tune_{kind}='all').")
+
+
+def prepare_towers(model: CLIPModel, settings: TrainConfig, device: torch.device) -> int:
+    """Set which weights of the towers learn and how they compute -> how many of the image tower's last blocks learn (0:
+    none, or all).
+    """
+    image, text = model.image_encoder.backbone, model.text_encoder.backbone
+    image_blocks = unfreeze(image, settings.tune_image, settings.lora)
+    unfreeze(text, settings.tune_text, settings.lora)
+    for backbone, tokens in ((image, image_tokens(model)), (text, model.config.max_length)):
+        choose_attention(backbone, tokens, device)
+        if settings.gradient_checkpointing:
+            save_memory(backbone)
+    return image_blocks
 
 
 def unfreeze(backbone: nn.Module, tune: int | str, lora: int = 0) -> int:
@@ -54,6 +78,13 @@ def choose_attention(backbone: nn.Module, tokens: int, device: torch.device) -> 
         backbone.set_attn_implementation("eager")  # type: ignore[operator]
 
 
+def image_tokens(model: CLIPModel) -> int:
+    """How many tokens the image tower attends over; a large number if its config does not say."""
+    config: Any = model.image_encoder.backbone.config
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 1_000
+
+
 @torch.no_grad()
 def standardise_input(layer: Standardise, rows: NDArray[Any]) -> None:
     """Set the mean and spread by which features are standardised: those of rows [n, h].
@@ -82,12 +113,17 @@ def describe_parameters(model: CLIPModel) -> str:
     return f"{learning / 1e6:.2f} of {total / 1e6:.2f} million weights"
 
 
-def build_optimizer(model: CLIPModel, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a peak rate for each tower and the heads; no decay on norms, biases and the logit scale."""
+def build_optimizer(
+    model: CLIPModel, settings: TrainConfig, logit_bias: nn.Parameter | None = None
+) -> torch.optim.AdamW:
+    """AdamW with a peak rate for each tower and the heads; no decay on norms, biases and the logit scale.
+
+    logit_bias: of the loss rather than the model; it learns as the heads do.
+    """
     rates = {"image": settings.rate_image, "text": settings.rate_text, "heads": settings.rate_heads}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    for name, parameter in [*model.named_parameters(), ("logit_bias", logit_bias)]:
+        if parameter is not None and parameter.requires_grad:
             part = name.split("_")[0] if ".backbone." in name else "heads"
             members.setdefault((part, parameter.ndim >= 2), []).append(parameter)
     groups = [

@@ -8,7 +8,7 @@ draws what an unbroken one would have drawn. Knows nothing of losses, optimisers
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import TrainConfig
@@ -23,6 +24,7 @@ from clipmatch.data import CaptionedImage
 from clipmatch.embedder import Failure
 from clipmatch.errors import ClipmatchError
 from clipmatch.features import FeatureTable, image_features, text_features
+from clipmatch.mining import gather_neighbours
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
 from clipmatch.runtime import Precision
@@ -180,6 +182,28 @@ class Batch:
     text_ids: Tensor
     failures: list[Failure]
 
+    def split(self, size: int) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Images and texts, `size` pairs at a time."""
+        texts = zip(*(torch.split(values, size) for values in self.texts), strict=True)
+        return list(zip(torch.split(self.images, size), texts, strict=True))
+
+
+def mix_pairs(batch: Batch, strength: float) -> Batch:
+    """Cached features of b pairs -> of b pairs each of which is mixed with another, picture and caption alike (mixup,
+    Zhang et al. 2018, between layers as in Verma et al. 2019).
+
+    strength: of the Beta distribution that the shares come from; the larger, the more even. Each keeps half of its own
+    or more, so that it is still the pair that its number says. Draws from PyTorch's own randomness.
+    """
+    count = len(batch.image_ids)
+    own = torch.distributions.Beta(strength, strength).sample((count, 1))  # [b, 1]
+    own, partner = torch.maximum(own, 1 - own), torch.randperm(count)
+
+    def mix(features: Tensor) -> Tensor:
+        return own * features + (1 - own) * features[partner]
+
+    return replace(batch, images=mix(batch.images), texts=tuple(map(mix, batch.texts)))
+
 
 class PairDataset(torch.utils.data.Dataset[Any]):
     """(epoch, picture) -> that picture with the caption drawn for it in that epoch, fetched a batch at a time."""
@@ -218,16 +242,8 @@ class DevSet:
 
         Raises ClipmatchError when no picture can be read.
         """
-        rows, readable = [], np.zeros(self.count, bool)
-        self.failures = []
-        for start in range(0, self.count, DEV_BATCH):
-            items = range(start, min(start + DEV_BATCH, self.count))
-            pixels, used, failures = self.images.fetch(items, PLAIN)
-            self.failures += failures
-            readable[start : start + len(used)] = used
-            if any(used):
-                rows.append(model.project_image(self.images.features(model, pixels.to(device))).cpu())
-        if not rows:
+        rows, readable, self.failures = embed_pictures(self.images, self.count, model, device)
+        if not readable.any():
             raise ClipmatchError("None of the dev pictures can be read; check the image folder.")
         captions = np.flatnonzero(readable[self.owners])
         texts = [
@@ -235,12 +251,29 @@ class DevSet:
             for start in range(0, len(captions), DEV_BATCH)
         ]
         place = np.cumsum(readable) - 1  # a picture's number among the readable ones
-        return torch.cat(rows).numpy(), torch.cat(texts).numpy(), place[self.owners[captions]]
+        return rows[readable].numpy(), torch.cat(texts).numpy(), place[self.owners[captions]]
 
     def encode_texts(self, model: CLIPModel, captions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Caption numbers [b] -> unit vectors [b, d] on the CPU."""
         batch = self.texts.fetch(captions.tolist())
         return self.texts.encode(model, tuple(value.to(device) for value in batch)).cpu()
+
+
+def embed_pictures(
+    images: ImageSource, count: int, model: CLIPModel, device: torch.device, progress: bool = False
+) -> tuple[Tensor, NDArray[np.bool_], list[Failure]]:
+    """Model in eval mode -> unit vectors of `count` plain pictures [n, d] on the CPU (zero for those that can't be
+    read), which can be read [n], and why not the others.
+    """
+    rows, readable, failures = torch.zeros(count, model.config.embed_dim), np.zeros(count, bool), []
+    for start in tqdm(range(0, count, DEV_BATCH), desc="looking for neighbours", unit="batch", disable=not progress):
+        pixels, used, failed = images.fetch(range(start, min(start + DEV_BATCH, count)), PLAIN)
+        failures += failed
+        readable[start : start + len(used)] = used
+        if any(used):
+            own = model.project_image(images.features(model, pixels.to(device))).cpu()
+            rows[start : start + len(used)][torch.tensor(used)] = own
+    return rows, readable, failures
 
 
 @dataclass(frozen=True)
@@ -300,10 +333,24 @@ class Sources:
 
 
 class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """The batches of all epochs from a given step on: shuffled by (seed, epoch), the last short batch dropped."""
+    """The batches of all epochs from a given one on: shuffled by (seed, epoch), the last short batch dropped.
 
-    def __init__(self, count: int, batch_size: int, epochs: int, seed: int, start: int = 0):
+    neighbours [n, k]: so that `share` of each batch are neighbours of the rest (`clipmatch.mining`).
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        *,
+        neighbours: NDArray[np.int32] | None = None,
+        share: float = 0.0,
+    ):
         self.count, self.batch_size, self.epochs, self.seed, self.start = count, batch_size, epochs, seed, start
+        self.neighbours, self.share = neighbours, share
         self.per_epoch = max(1, count // batch_size)
 
     def __len__(self) -> int:
@@ -313,8 +360,15 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         for number in range(self.start, self.per_epoch * self.epochs):
             epoch, place = divmod(number, self.per_epoch)
             if place == 0 or number == self.start:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+                order = self.order(epoch)
             yield [(epoch, int(item)) for item in order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The pictures of an epoch, batch after batch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        if self.neighbours is None:
+            return order
+        return gather_neighbours(order, self.neighbours, self.batch_size, self.share)
 
 
 def sample_rows(table: FeatureTable, places: NDArray[np.int64]) -> NDArray[np.float16]:

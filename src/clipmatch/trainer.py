@@ -1,7 +1,7 @@
 """The training loop: one run from its first or saved state to its end.
 
 In: a checkpoint, splits and settings. Out: OUT/best/, OUT/last/ and a log. Every step depends only on the weights, the
-optimiser's state and (seed, step), so that a resumed run continues exactly. Knows nothing of caption files.
+optimiser's state and (seed, step), so that a resumed run continues exactly. Knows nothing of caption files or losses.
 """
 
 from __future__ import annotations
@@ -18,39 +18,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from clipmatch.adapters import adapter_state, restore_adapters
 from clipmatch.checkpoint import Checkpoint
-from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
 from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
-from clipmatch.loss import contrastive_loss, distillation_loss, siblings
-from clipmatch.model import CLIPModel, Standardise
-from clipmatch.modelfolder import find_folder
+from clipmatch.mining import find_neighbours
+from clipmatch.model import Standardise
+from clipmatch.modelfolder import LOGIT_BIAS, find_folder
+from clipmatch.objective import Objective
 from clipmatch.optimization import (
     WeightAverage,
     build_optimizer,
-    choose_attention,
     describe_parameters,
     pack_optimizer,
+    prepare_towers,
     rate_at,
-    save_memory,
+    refuse_frozen_random,
     standardise_input,
-    unfreeze,
     unpack_optimizer,
 )
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
-from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources
+from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
 from clipmatch.teachers import Teachers, ask_teachers
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, NEIGHBOURS = "adapters.safetensors", "neighbours.safetensors"
 SAVE_EVERY = 60.0  # seconds between saves of last/, so much is lost at most when a run is killed ...
 SAVE_SHARE = 0.05  # ... unless saving would take more than this part of the time
 
@@ -87,14 +86,9 @@ class Trainer:
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
-        image_blocks = unfreeze(self.model.image_encoder.backbone, settings.tune_image, settings.lora)
-        unfreeze(self.model.text_encoder.backbone, settings.tune_text, settings.lora)
-        refuse_frozen_random(checkpoint, settings)
-        choose_attention(self.model.text_encoder.backbone, self.model.config.max_length, self.device)
-        choose_attention(self.model.image_encoder.backbone, image_tokens(self.model), self.device)
-        if settings.gradient_checkpointing:
-            for encoder in (self.model.image_encoder, self.model.text_encoder):
-                save_memory(encoder.backbone)
+        if not checkpoint.fingerprint:  # not loaded from a model folder, so not trained before
+            refuse_frozen_random(self.model.config, settings)
+        image_blocks = prepare_towers(self.model, settings, self.device)
         self.failures = missing_files(splits.missing)
         sources = Sources(checkpoint, settings, self.seed, image_blocks, self.precision, self.device, progress)
         self.pairs, missing = sources.pairs(splits.train)
@@ -108,7 +102,6 @@ class Trainer:
                 if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
                     assert isinstance(encoder.standardise, Standardise)
                     standardise_input(encoder.standardise, source.sample())
-        self.concepts = load_concepts_for(self.model, settings)
         self.teachers: Teachers | None = None
         if settings.teachers:
             self.teachers = ask_teachers(
@@ -119,14 +112,18 @@ class Trainer:
                 precision=self.precision,
                 progress=progress,
             )
+        self.objective = Objective(
+            checkpoint, self.pairs, settings, self.seed, self.precision, self.device, self.teachers
+        )
+        self.scaler = self.objective.scaler
         self.average = WeightAverage(self.model, settings.average) if settings.average else None
-        self.optimizer = build_optimizer(self.model, settings)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
+        self.optimizer = build_optimizer(self.model, settings, self.objective.logit_bias)
         if len(splits.train) < settings.batch_size:
             note(f"batch size: {len(splits.train)}, for there are no more pictures")
         self.batch_size = min(settings.batch_size, len(splits.train))
         self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
+        self.neighbours: torch.Tensor | None = None  # int32 [n, k], if hard negatives are mined
         self.step = 0
         self.saved, self.save_seconds = time.perf_counter(), 0.0
         self.best: dict[str, Any] | None = None
@@ -139,11 +136,22 @@ class Trainer:
     # The loop
 
     def loader(self) -> Any:
-        """Batches from the current step on, fetched by worker processes where pictures are decoded."""
+        """Batches from the current step to the run's end or, where hard negatives are mined, to the epoch's; fetched by
+        worker processes where pictures are decoded.
+        """
         settings = self.settings
-        start = (self.step // self.steps_per_epoch) * self.batches
-        start += (self.step % self.steps_per_epoch) * settings.accumulate
-        sampler = EpochBatches(len(self.splits.train), self.batch_size, settings.epochs, self.seed, start)
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        if settings.hard_negatives and place == 0 and epoch % settings.mine_every == 0:
+            self.neighbours = self.mine()
+        sampler = EpochBatches(
+            len(self.splits.train),
+            self.batch_size,
+            settings.epochs if self.neighbours is None else epoch + 1,
+            self.seed,
+            epoch * self.batches + place * settings.accumulate,
+            neighbours=None if self.neighbours is None else self.neighbours.numpy(),
+            share=settings.hard_negatives,
+        )
         workers = settings.workers
         if workers is None:
             workers = min(8, max(1, usable_cores() // 2)) if self.pairs.images.decodes else 0
@@ -163,8 +171,10 @@ class Trainer:
                 if self.began_from:  # what is to be beaten
                     self.look_at_dev()
                     self.save_last()
-            batches = iter(self.loader())
+            batches = None
             while self.step < total and not stop() and not self.exhausted:
+                if batches is None or (self.settings.hard_negatives and self.step % self.steps_per_epoch == 0):
+                    batches = iter(self.loader())
                 figures = self.take_step(batches, total)
                 log.step(figures)
                 bar.update()
@@ -204,12 +214,10 @@ class Trainer:
             self.failures += batch.failures
             if len(batch.image_ids) < 2:
                 continue  # nearly every picture of the batch is unreadable: there is nothing to tell apart
-            loss = self.loss_of(batch)
-            self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.item() / count
+            loss_sum += self.objective.backward(batch, self.step, count) / count
             pairs += len(batch.image_ids)
         if not math.isfinite(loss_sum):
-            raise ClipmatchError(self.why_not_finite(loss_sum))
+            raise ClipmatchError(self.objective.why_not_finite(loss_sum, self.step))
         norm = self.descend() if pairs else 0.0
         self.step += 1
         return {
@@ -234,50 +242,14 @@ class Trainer:
             self.average.update(self.step + 1)
         return norm
 
-    def loss_of(self, batch: Batch) -> Tensor:
-        """Forward pass of one batch -> loss."""
-        with self.autocast():
-            features = self.pairs.images.features(self.model, batch.images.to(self.device))
-            images = self.model.project_image(features)
-            texts = self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in batch.texts))
-        # float32 outside autocast: logits of up to 100 lose their order in bfloat16
-        excluded = siblings(batch.image_ids.to(self.device))
-        loss = contrastive_loss(images, texts, self.model.logit_scale, excluded)
-        if self.teachers is not None:
-            teaching = self.teachers.logits(batch.image_ids, batch.text_ids).to(self.device)
-            taught = distillation_loss(images, texts, self.model.logit_scale, teaching, excluded)
-            loss = torch.lerp(loss, taught, self.settings.teacher_weight)
-        if self.concepts is None:
-            return loss
-        return loss + self.settings.concept_weight * self.concept_loss(self.concepts, features)
-
-    def concept_loss(self, concepts: Concepts, features: Tensor) -> Tensor:
-        """The loss of made-up pairs; features [b, h]: pooled features of the batch's pictures."""
-        rng = np.random.default_rng([self.seed, self.step, 2])
-        drawn = concepts.draw(self.settings.concept_batch, rng)
-        made_up = made_up_features(concepts, drawn, features.detach().float().cpu().numpy(), rng)
-        tokens = self.checkpoint.tokenizer(
-            drawn.sentences, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
-        )
-        with self.autocast():
-            images = self.model.project_image(torch.from_numpy(made_up).to(self.device))
-            texts = self.model.encode_text(*(tokens[name].to(self.device) for name in ("input_ids", "attention_mask")))
-        excluded = torch.from_numpy(drawn.excluded).to(self.device)
-        return contrastive_loss(images, texts, self.model.logit_scale, excluded)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which matrix products run in the chosen precision."""
-        dtype = self.precision.dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-    def why_not_finite(self, loss: float) -> str:
-        """The sentence for a loss that is no number: the step and the likely cause."""
-        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
-        where = f"the weights of {broken[0]} had overflowed before it" if broken else "the weights were still finite"
-        cause = "halve the learning rates" if self.precision.dtype is None else (
-            "halve the learning rates, or train with --precision float32"
-        )  # fmt: skip
-        return f"The loss is {loss} at step {self.step + 1}; {where}. Likely too large a step: {cause}."
+    def mine(self) -> torch.Tensor:
+        """Which training pictures the model takes for similar, now: int32 [n, k]."""
+        with self.measuring():
+            rows, _, failures = embed_pictures(
+                self.pairs.images, len(self.splits.train), self.model, self.device, self.progress
+            )
+        self.failures += failures
+        return find_neighbours(rows)
 
     # Dev, checkpoints
 
@@ -310,19 +282,23 @@ class Trainer:
 
     def measure_dev(self) -> dict[str, Any]:
         """Embed dev, without augmentation or dropout -> figures both ways."""
-        self.model.eval()
-        heads_alone = (
-            self.settings.tune_image == self.settings.tune_text == "none"
-        )  # cheap: in float32, like `evaluate`
-        with torch.inference_mode(), nullcontext() if heads_alone else self.autocast():
+        with self.measuring():
             rows = self.dev.embed(self.model, self.device)
-        self.model.train()
         self.failures += self.dev.failures
         return measure(*rows, bootstrap=False)
 
     def save_is_due(self) -> bool:
         """Whether enough would be lost by now, were the run killed, to pay for a save."""
         return time.perf_counter() - self.saved > max(SAVE_EVERY, self.save_seconds / SAVE_SHARE)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Context: the model as it is used, in float32 where that is cheap, like `evaluate`: for heads alone."""
+        heads_alone = self.settings.tune_image == self.settings.tune_text == "none"
+        self.model.eval()
+        with torch.inference_mode(), nullcontext() if heads_alone else self.objective.autocast():
+            yield
+        self.model.train()
 
     def save_last(self) -> None:
         """Everything that a resumed run needs."""
@@ -346,6 +322,8 @@ class Trainer:
             extra[AVERAGE] = {name: value.cpu() for name, value in self.average.values.items()}
         if self.settings.lora:
             extra[ADAPTERS] = adapter_state(self.model)
+        if self.neighbours is not None:  # they are of the weights at the epoch's start
+            extra[NEIGHBOURS] = {"neighbours": self.neighbours}
         self.save("last", extra)
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - began
@@ -362,6 +340,7 @@ class Trainer:
             # without the paths of one machine
             "training": {**to_json(self.settings), "out": None, "concepts": None, "teachers": None},
             "taught_by": list(self.teachers.fingerprints) if self.teachers else [],
+            LOGIT_BIAS: None if self.objective.logit_bias is None else self.objective.logit_bias.item(),
             "step": self.step,
             "dev": self.best,
         }
@@ -380,6 +359,8 @@ class Trainer:
         if self.average:
             for name, value in load_file(folder / AVERAGE).items():
                 self.average.values[name].copy_(value)
+        if (folder / NEIGHBOURS).is_file():
+            self.neighbours = load_file(folder / NEIGHBOURS)["neighbours"].clone()
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.best_step = state["step"], state["best"], state.get("best_step", -1)
@@ -406,31 +387,6 @@ def seed_of_draws(seed: int, fingerprint: str) -> int:
     if not fingerprint:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:4], "big")
-
-
-def image_tokens(model: CLIPModel) -> int:
-    """How many tokens the image tower attends over; a large number if its config does not say."""
-    config: Any = model.image_encoder.backbone.config
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 1_000
-
-
-def load_concepts_for(model: CLIPModel, settings: TrainConfig) -> Concepts | None:
-    """The concepts that are to be learnt beside the pairs, if any."""
-    return load_concepts(settings.concepts, model.image_encoder.fc.in_features) if settings.concepts else None
-
-
-def refuse_frozen_random(checkpoint: Checkpoint, settings: TrainConfig) -> None:
-    """Heads on a frozen random tower learn next to nothing: say so instead."""
-    config = checkpoint.model.config
-    if checkpoint.fingerprint:
-        return  # loaded from a model folder: trained before
-    for kind, tower, tune in (
-        ("image", config.image_tower, settings.tune_image),
-        ("text", config.text_tower, settings.tune_text),
-    ):
-        if isinstance(tower, dict) and tune != "all":
-            raise ClipmatchError(f"The {kind} tower has no pretrained weights; train it whole (tune_{kind}='all').")
 
 
 def score(figures: dict[str, Any]) -> float:

@@ -1,0 +1,159 @@
+"""What the weights are asked for: a batch of pairs -> its loss, and the gradients of it.
+
+In: a batch and the number of the step. Out: gradients, added to those that the weights have. Every random draw is a
+function of PyTorch's seed and (seed, step). Knows nothing of optimisers, epochs or files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipmatch.checkpoint import Checkpoint
+from clipmatch.concepts import Concepts, load_concepts, made_up_features
+from clipmatch.config import TrainConfig
+from clipmatch.loss import contrastive_loss, distillation_loss, hinge_loss, siblings, sigmoid_loss
+from clipmatch.modelfolder import LOGIT_BIAS
+from clipmatch.runtime import Precision
+from clipmatch.sources import Batch, PairDataset, mix_pairs
+from clipmatch.teachers import Teachers
+
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's start: at first nearly every answer is no, as it should be
+
+
+class Objective:
+    """The loss of a run: pairs, and beside them what teachers and concepts say."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pairs: PairDataset,
+        settings: TrainConfig,
+        seed: int,
+        precision: Precision,
+        device: torch.device,
+        teachers: Teachers | None,
+    ):
+        self.checkpoint, self.model, self.pairs, self.settings = checkpoint, checkpoint.model, pairs, settings
+        self.seed, self.precision, self.device, self.teachers = seed, precision, device, teachers
+        width = self.model.image_encoder.fc.in_features
+        self.concepts = load_concepts(settings.concepts, width) if settings.concepts else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
+        self.logit_bias = start_sigmoid(checkpoint, device) if settings.loss == "sigmoid" else None
+
+    # Gradients
+
+    def backward(self, batch: Batch, step: int, count: int = 1) -> float:
+        """Add the gradients of a batch's loss, divided by `count`, to the weights' -> the loss.
+
+        In float16 they are scaled: `scaler` knows by how much.
+        """
+        if self.settings.mixup:
+            batch = mix_pairs(batch, self.settings.mixup)
+        if self.settings.chunk is not None and self.settings.chunk < len(batch.image_ids):
+            return self.backward_in_chunks(batch, step, count, self.settings.chunk)
+        loss = self.loss_of(batch, *self.embed(batch.images, batch.texts), step)
+        self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def backward_in_chunks(self, batch: Batch, step: int, count: int, chunk: int) -> float:
+        """The same with the activations of `chunk` pairs at a time (gradient caching, Gao et al. 2021): once without
+        gradients, for the loss and what it asks of each vector; once more to pass that on to the weights.
+
+        A seed for each chunk gives it the same dropout both times, on whatever device.
+        """
+        chunks = batch.split(chunk)
+        *seeds, afterwards = torch.randint(1 << 62, (len(chunks) + 1,)).tolist()
+        with torch.no_grad():
+            parts = [self.embed_chunk(*pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)]
+        features, images, texts = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        images.requires_grad_()
+        texts.requires_grad_()
+        loss = self.loss_of(batch, features, images, texts, step)
+        self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        assert images.grad is not None
+        assert texts.grad is not None
+        asked = zip(torch.split(images.grad, chunk), torch.split(texts.grad, chunk), strict=True)
+        for pairs, seed, gradients in zip(chunks, seeds, asked, strict=True):
+            _, *rows = self.embed_chunk(*pairs, seed)
+            torch.autograd.backward(rows, gradients)
+        torch.manual_seed(afterwards)
+        return loss.item()
+
+    def embed_chunk(self, images: Tensor, texts: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`embed` with dropout that is a function of the seed."""
+        torch.manual_seed(seed)
+        return self.embed(images, texts)
+
+    # The loss
+
+    def embed(self, images: Tensor, texts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """What sources have fetched -> pooled image features [b, h], unit vectors of images and of texts [b, d]."""
+        with self.autocast():
+            features = self.pairs.images.features(self.model, images.to(self.device))
+            rows = self.model.project_image(features)
+            return features, rows, self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in texts))
+
+    def loss_of(self, batch: Batch, features: Tensor, images: Tensor, texts: Tensor, step: int) -> Tensor:
+        """A batch and what `embed` makes of it -> loss."""
+        # float32 outside autocast: logits of up to 100 lose their order in bfloat16
+        excluded = siblings(batch.image_ids.to(self.device))
+        loss = self.pair_loss(images, texts, excluded)
+        if self.teachers is not None:
+            teaching = self.teachers.logits(batch.image_ids, batch.text_ids).to(self.device)
+            taught = distillation_loss(images, texts, self.model.logit_scale, teaching, excluded)
+            loss = torch.lerp(loss, taught, self.settings.teacher_weight)
+        if self.concepts is None:
+            return loss
+        return loss + self.settings.concept_weight * self.concept_loss(self.concepts, features, step)
+
+    def pair_loss(self, images: Tensor, texts: Tensor, excluded: Tensor) -> Tensor:
+        """Unit vectors [b, d] of pairs, and which are no negatives of each other -> the loss that was chosen."""
+        if self.logit_bias is not None:
+            return sigmoid_loss(images, texts, self.model.logit_scale, self.logit_bias, excluded)
+        if self.settings.loss == "hinge":
+            return hinge_loss(images, texts, excluded)
+        return contrastive_loss(images, texts, self.model.logit_scale, excluded)
+
+    def concept_loss(self, concepts: Concepts, features: Tensor, step: int) -> Tensor:
+        """The loss of made-up pairs; features [b, h]: pooled features of the batch's pictures."""
+        rng = np.random.default_rng([self.seed, step, 2])
+        drawn = concepts.draw(self.settings.concept_batch, rng)
+        made_up = made_up_features(concepts, drawn, features.detach().float().cpu().numpy(), rng)
+        tokens = self.checkpoint.tokenizer(
+            drawn.sentences, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
+        )
+        with self.autocast():
+            images = self.model.project_image(torch.from_numpy(made_up).to(self.device))
+            texts = self.model.encode_text(*(tokens[name].to(self.device) for name in ("input_ids", "attention_mask")))
+        return self.pair_loss(images, texts, torch.from_numpy(drawn.excluded).to(self.device))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products run in the chosen precision."""
+        dtype = self.precision.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def why_not_finite(self, loss: float, step: int) -> str:
+        """The sentence for a loss that is no number: the step and the likely cause."""
+        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        where = f"the weights of {broken[0]} had overflowed before it" if broken else "the weights were still finite"
+        cause = "halve the learning rates" if self.precision.dtype is None else (
+            "halve the learning rates, or train with --precision float32"
+        )  # fmt: skip
+        return f"The loss is {loss} at step {step + 1}; {where}. Likely too large a step: {cause}."
+
+
+def start_sigmoid(checkpoint: Checkpoint, device: torch.device) -> nn.Parameter:
+    """The bias of the sigmoid's logits. A model that has learnt one goes on with it; another begins anew, scale too.
+
+    It is of the training alone: it changes no order of matches, so the model itself has none.
+    """
+    bias = checkpoint.about.get(LOGIT_BIAS)
+    if bias is None:
+        bias = SIGMOID_BIAS
+        with torch.no_grad():
+            checkpoint.model.log_logit_scale.fill_(math.log(SIGMOID_SCALE))
+    return nn.Parameter(torch.tensor(bias, device=device))
