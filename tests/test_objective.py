@@ -9,6 +9,7 @@ from clipmatch.config import TrainConfig
 from clipmatch.data import load_captions
 from clipmatch.modelfolder import LOGIT_BIAS
 from clipmatch.objective import Objective
+from clipmatch.ranks import Ranks
 from clipmatch.runtime import Precision
 from clipmatch.sources import Batch, LiveImages, LiveTexts, PairDataset, mix_pairs
 from clipmatch.teachers import Teachers
@@ -33,7 +34,7 @@ def batch(pairs):
 
 def objective(tiny, pairs, precision=EXACT, teachers=None, **settings):
     settings = TrainConfig(out="unused", tune_image="all", tune_text="all", **settings)
-    return Objective(tiny, pairs, settings, 0, precision, torch.device("cpu"), teachers)
+    return Objective(tiny, pairs, settings, 0, precision, torch.device("cpu"), teachers, Ranks())
 
 
 def gradients(asked, *batches):
@@ -195,7 +196,7 @@ def test_pairs_are_mixed_by_one_share_in_picture_and_caption():
 
 def test_the_loss_is_that_of_the_mixed_pairs(tiny, pairs, batch):
     settings = TrainConfig(out="unused", mixup=0.4)
-    asked = Objective(tiny, pairs, settings, 0, EXACT, torch.device("cpu"), None)
+    asked = Objective(tiny, pairs, settings, 0, EXACT, torch.device("cpu"), None, Ranks())
     seen = []
     asked.embed = lambda images, texts: (
         seen.append((images, texts)) or (images, *(torch.ones(6, 4, requires_grad=True),) * 2)

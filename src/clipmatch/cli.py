@@ -273,6 +273,7 @@ def train(context: click.Context, /, **options: Any) -> None:
     laptop. --tune-text all and --tune-image N fine-tune the towers too. Ctrl-C stops cleanly; --resume goes on.
     """
     from clipmatch import training
+    from clipmatch.ranks import is_first_process
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if options["resume"]:
@@ -282,6 +283,8 @@ def train(context: click.Context, /, **options: Any) -> None:
         if not options["captions"]:
             raise ClipmatchError("Which captions? Give --captions FILE (and --images DIR), or --resume.")
         result = training.train(pick(DataConfig, options), pick(TrainConfig, options), starting_model(options, given))
+    if not is_first_process():
+        return
     report_failures(result.failures)
     if not result.finished:
         click.echo(f"go on with: clipmatch train --resume --out {options['out']}", err=True)

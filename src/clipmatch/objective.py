@@ -17,6 +17,7 @@ from clipmatch.concepts import Concepts, load_concepts, made_up_features
 from clipmatch.config import TrainConfig
 from clipmatch.loss import contrastive_loss, distillation_loss, hinge_loss, siblings, sigmoid_loss
 from clipmatch.modelfolder import LOGIT_BIAS
+from clipmatch.ranks import Ranks
 from clipmatch.runtime import Precision
 from clipmatch.sources import Batch, PairDataset, mix_pairs
 from clipmatch.teachers import Teachers
@@ -36,9 +37,11 @@ class Objective:
         precision: Precision,
         device: torch.device,
         teachers: Teachers | None,
+        ranks: Ranks,
     ):
         self.checkpoint, self.model, self.pairs, self.settings = checkpoint, checkpoint.model, pairs, settings
         self.seed, self.precision, self.device, self.teachers = seed, precision, device, teachers
+        self.ranks = ranks
         width = self.model.image_encoder.fc.in_features
         self.concepts = load_concepts(settings.concepts, width) if settings.concepts else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.dtype == torch.float16)
@@ -98,17 +101,22 @@ class Objective:
             return features, rows, self.pairs.texts.encode(self.model, tuple(value.to(self.device) for value in texts))
 
     def loss_of(self, batch: Batch, features: Tensor, images: Tensor, texts: Tensor, step: int) -> Tensor:
-        """A batch and what `embed` makes of it -> loss."""
+        """A batch, or this process's part of it, and what `embed` makes of that -> the loss of the whole."""
+        images, texts = self.ranks.gather(images), self.ranks.gather(texts)
+        image_ids = self.ranks.gather(batch.image_ids.to(self.device))
         # float32 outside autocast: logits of up to 100 lose their order in bfloat16
-        excluded = siblings(batch.image_ids.to(self.device))
+        excluded = siblings(image_ids)
         loss = self.pair_loss(images, texts, excluded)
         if self.teachers is not None:
-            teaching = self.teachers.logits(batch.image_ids, batch.text_ids).to(self.device)
+            text_ids = self.ranks.gather(batch.text_ids.to(self.device))
+            teaching = self.teachers.logits(image_ids.cpu(), text_ids.cpu()).to(self.device)
             taught = distillation_loss(images, texts, self.model.logit_scale, teaching, excluded)
             loss = torch.lerp(loss, taught, self.settings.teacher_weight)
         if self.concepts is None:
             return loss
-        return loss + self.settings.concept_weight * self.concept_loss(self.concepts, features, step)
+        return loss + self.settings.concept_weight * self.concept_loss(
+            self.concepts, self.ranks.gather(features.detach()), step
+        )
 
     def pair_loss(self, images: Tensor, texts: Tensor, excluded: Tensor) -> Tensor:
         """Unit vectors [b, d] of pairs, and which are no negatives of each other -> the loss that was chosen."""
@@ -122,7 +130,7 @@ class Objective:
         """The loss of made-up pairs; features [b, h]: pooled features of the batch's pictures."""
         rng = np.random.default_rng([self.seed, step, 2])
         drawn = concepts.draw(self.settings.concept_batch, rng)
-        made_up = made_up_features(concepts, drawn, features.detach().float().cpu().numpy(), rng)
+        made_up = made_up_features(concepts, drawn, features.float().cpu().numpy(), rng)
         tokens = self.checkpoint.tokenizer(
             drawn.sentences, padding=True, max_length=self.model.config.max_length, return_tensors="pt"
         )

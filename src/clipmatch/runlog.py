@@ -17,13 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from clipmatch.data import CaptionSet
+from clipmatch.ranks import is_first_process
 
 LOG = "log.jsonl"
 
 
 def note(text: str) -> None:
-    """A line on stderr that does not break the progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """A line on stderr that does not break the progress bar; of several processes, the first speaks for all."""
+    if is_first_process():
+        tqdm.write(text, file=sys.stderr)
 
 
 def note_quirks(captions: CaptionSet) -> None:
@@ -59,12 +61,15 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class RunLog:
-    """log.jsonl and TensorBoard, written as the run goes."""
+    """log.jsonl and TensorBoard, written as the run goes; without a folder, rows are only remembered."""
 
-    def __init__(self, out: Path, history: list[dict[str, Any]]):
+    def __init__(self, out: Path | None, history: list[dict[str, Any]]):
+        self.history = history
+        self.file = self.board = None
+        if out is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.history = history
         path, draft = out / LOG, out / f"{LOG}.draft"
         draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
         draft.replace(path)  # in one step: a run that is killed here keeps its log
@@ -76,28 +81,34 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        if self.file and self.board:
+            self.file.close()
+            self.board.close()  # type: ignore[no-untyped-call]
 
     def step(self, row: dict[str, Any]) -> None:
         """A step's figures."""
         self.write(row)
         for name in ("loss", "learning_rate", "gradient_norm", "logit_scale", "pairs_per_second"):
-            if row[name] is not None:
-                self.board.add_scalar(f"train/{name}", row[name], row["step"])  # type: ignore[no-untyped-call]
+            self.plot(f"train/{name}", row[name], row["step"])
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch's figures."""
         self.write(row)
         for direction, figures in row.get("dev", {}).items():
             for k in (1, 5, 10):
-                self.board.add_scalar(f"dev/{direction}_recall@{k}", figures[f"recall@{k}"], row["step"])  # type: ignore[no-untyped-call]
+                self.plot(f"dev/{direction}_recall@{k}", figures[f"recall@{k}"], row["step"])
+
+    def plot(self, name: str, value: float | None, step: int) -> None:
+        """A point of a curve."""
+        if self.board is not None and value is not None:
+            self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
         self.history.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:

@@ -335,7 +335,8 @@ class Sources:
 class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """The batches of all epochs from a given one on: shuffled by (seed, epoch), the last short batch dropped.
 
-    neighbours [n, k]: so that `share` of each batch are neighbours of the rest (`clipmatch.mining`).
+    neighbours [n, k]: so that `share` of each batch are neighbours of the rest (`clipmatch.mining`). part: of each
+    batch, the part of that number (from 0) of so many.
     """
 
     def __init__(
@@ -348,9 +349,10 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         *,
         neighbours: NDArray[np.int32] | None = None,
         share: float = 0.0,
+        part: tuple[int, int] = (0, 1),
     ):
         self.count, self.batch_size, self.epochs, self.seed, self.start = count, batch_size, epochs, seed, start
-        self.neighbours, self.share = neighbours, share
+        self.neighbours, self.share, self.part = neighbours, share, part
         self.per_epoch = max(1, count // batch_size)
 
     def __len__(self) -> int:
@@ -361,7 +363,9 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
             epoch, place = divmod(number, self.per_epoch)
             if place == 0 or number == self.start:
                 order = self.order(epoch)
-            yield [(epoch, int(item)) for item in order[place * self.batch_size : (place + 1) * self.batch_size]]
+            batch = order[place * self.batch_size : (place + 1) * self.batch_size]
+            number_of_part, parts = self.part
+            yield [(epoch, int(item)) for item in np.array_split(batch, parts)[number_of_part]]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The pictures of an epoch, batch after batch."""

@@ -43,6 +43,7 @@ from clipmatch.optimization import (
     standardise_input,
     unpack_optimizer,
 )
+from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
@@ -75,14 +76,17 @@ class Trainer:
         settings: TrainConfig,
         state: dict[str, Any] | None,
         progress: bool,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks = ranks or Ranks(settings.device)
+        progress = progress and ranks.is_first
         self.settings, self.splits, self.progress = settings, splits, progress
         self.train_hash, self.dev_hash = content_hash(splits.train), content_hash(splits.dev)
         self.out = Path(settings.out)
         self.seed = state.get("seed", settings.seed) if state else seed_of_draws(settings.seed, checkpoint.fingerprint)
         self.began_from = state.get("began_from", "") if state else checkpoint.fingerprint  # "": new heads
         reuse_memory()
-        self.device = choose_device(settings.device)
+        self.device = choose_device(ranks.device)
         self.precision = choose_precision(self.device, settings.precision)
         note(f"device: {self.device}; {self.precision.reason}")
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
@@ -91,8 +95,9 @@ class Trainer:
         image_blocks = prepare_towers(self.model, settings, self.device)
         self.failures = missing_files(splits.missing)
         sources = Sources(checkpoint, settings, self.seed, image_blocks, self.precision, self.device, progress)
-        self.pairs, missing = sources.pairs(splits.train)
-        self.dev, missing_dev = sources.dev_set(splits.dev)
+        with ranks.first_first():  # it fills the caches
+            self.pairs, missing = sources.pairs(splits.train)
+            self.dev, missing_dev = sources.dev_set(splits.dev)
         self.failures += missing + missing_dev
         if not checkpoint.fingerprint:  # fresh heads
             for source, encoder in (
@@ -104,16 +109,17 @@ class Trainer:
                     standardise_input(encoder.standardise, source.sample())
         self.teachers: Teachers | None = None
         if settings.teachers:
-            self.teachers = ask_teachers(
-                settings.teachers,
-                splits.train,
-                self.out,
-                device=settings.device,
-                precision=self.precision,
-                progress=progress,
-            )
+            with ranks.first_first():
+                self.teachers = ask_teachers(
+                    settings.teachers,
+                    splits.train,
+                    self.out,
+                    device=ranks.device,
+                    precision=self.precision,
+                    progress=progress,
+                )
         self.objective = Objective(
-            checkpoint, self.pairs, settings, self.seed, self.precision, self.device, self.teachers
+            checkpoint, self.pairs, settings, self.seed, self.precision, self.device, self.teachers, ranks
         )
         self.scaler = self.objective.scaler
         self.average = WeightAverage(self.model, settings.average) if settings.average else None
@@ -121,6 +127,8 @@ class Trainer:
         if len(splits.train) < settings.batch_size:
             note(f"batch size: {len(splits.train)}, for there are no more pictures")
         self.batch_size = min(settings.batch_size, len(splits.train))
+        if ranks.count > 1:
+            note(batch_line(self.batch_size, ranks.count))
         self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
         self.neighbours: torch.Tensor | None = None  # int32 [n, k], if hard negatives are mined
@@ -132,6 +140,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if state:
             self.restore(state)
+        ranks.share_weights(self.model)
 
     # The loop
 
@@ -142,7 +151,7 @@ class Trainer:
         settings = self.settings
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if settings.hard_negatives and place == 0 and epoch % settings.mine_every == 0:
-            self.neighbours = self.mine()
+            self.neighbours = self.ranks.of_first(self.mine)
         sampler = EpochBatches(
             len(self.splits.train),
             self.batch_size,
@@ -151,10 +160,12 @@ class Trainer:
             epoch * self.batches + place * settings.accumulate,
             neighbours=None if self.neighbours is None else self.neighbours.numpy(),
             share=settings.hard_negatives,
+            part=(self.ranks.number, self.ranks.count),
         )
         workers = settings.workers
         if workers is None:
-            workers = min(8, max(1, usable_cores() // 2)) if self.pairs.images.decodes else 0
+            each = usable_cores() // 2 // self.ranks.count
+            workers = min(8, max(1, each)) if self.pairs.images.decodes else 0
         return torch.utils.data.DataLoader(
             self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, worker_init_fn=ignore_interrupt
         )
@@ -165,14 +176,16 @@ class Trainer:
         finished, began = True, time.perf_counter()
         self.model.train()
         note(f"training: {describe_parameters(self.model)}; {self.settings.epochs} epochs, {total} steps")
-        with RunLog(self.out, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
+        self.ranks.wait()  # all have read what the first may write now
+        place = self.out if self.ranks.is_first else None
+        with RunLog(place, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
             if self.step == 0 and self.best is None:
                 self.save_last()  # from now on the run can be resumed
                 if self.began_from:  # what is to be beaten
                     self.look_at_dev()
                     self.save_last()
             batches = None
-            while self.step < total and not stop() and not self.exhausted:
+            while self.step < total and not self.ranks.any(stop()) and not self.exhausted:
                 if batches is None or (self.settings.hard_negatives and self.step % self.steps_per_epoch == 0):
                     batches = iter(self.loader())
                 figures = self.take_step(batches, total)
@@ -201,7 +214,7 @@ class Trainer:
         """One optimiser step over `accumulate` batches -> its figures."""
         settings, began = self.settings, time.perf_counter()
         # Dropout's randomness is a function of the step: a resumed run repeats it.
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.seed * 1_000_003 + self.step + (self.ranks.number << 40))
         rate = rate_at(self.step, total, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -212,10 +225,10 @@ class Trainer:
         for _ in range(count):
             batch = next(batches)
             self.failures += batch.failures
-            if len(batch.image_ids) < 2:
+            if self.ranks.fewest(len(batch.image_ids)) * self.ranks.count < 2:
                 continue  # nearly every picture of the batch is unreadable: there is nothing to tell apart
             loss_sum += self.objective.backward(batch, self.step, count) / count
-            pairs += len(batch.image_ids)
+            pairs += len(batch.image_ids) * self.ranks.count
         if not math.isfinite(loss_sum):
             raise ClipmatchError(self.objective.why_not_finite(loss_sum, self.step))
         norm = self.descend() if pairs else 0.0
@@ -233,8 +246,9 @@ class Trainer:
 
     def descend(self) -> float:
         """Clip the gradients and move the weights -> the gradients' norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.ranks.average_gradients(parameters)
+        self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -271,7 +285,7 @@ class Trainer:
     def look_at_dev(self) -> dict[str, Any]:
         """Recall on dev; a better one than ever is saved as best/."""
         with self.average.applied() if self.average else nullcontext():
-            figures = self.measure_dev()
+            figures = self.ranks.of_first(self.measure_dev)
             note(dev_line(figures, self.step))
             if self.best is None or score(figures) > score(self.best):
                 self.best, self.best_step, self.looks_since_best = figures, self.step, 0
@@ -330,6 +344,8 @@ class Trainer:
 
     def save(self, name: str, extra: dict[str, Any] | None) -> None:
         """Write best/ or last/ as a model folder."""
+        if not self.ranks.is_first:
+            return
         about = {
             **self.checkpoint.about,
             "trained_on": {
@@ -392,6 +408,16 @@ def seed_of_draws(seed: int, fingerprint: str) -> int:
 def score(figures: dict[str, Any]) -> float:
     """What "best" means: the sum of the text-to-image recalls, steadier than R@1 alone."""
     return float(sum(figures["text_to_image"][f"recall@{k}"] for k in (1, 5, 10)))
+
+
+def batch_line(size: int, count: int) -> str:
+    """How a batch is shared out, for the log. Raises ClipmatchError if it is too small."""
+    if size < 2 * count:
+        raise ClipmatchError(f"A batch of {size} is too small for {count} processes; give two pairs or more for each.")
+    return (
+        f"processes: {count}, each with {size / count:g} of a batch's {size} pairs, which all compete with each other; "
+        "steps and learning rates are those of one process"
+    )
 
 
 def dev_line(figures: dict[str, Any], step: int) -> str:

@@ -25,6 +25,7 @@ from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import IMAGE_GRAPH, WEIGHTS, find_folder, find_local
 from clipmatch.preprocess import Tokenizer
+from clipmatch.ranks import Ranks
 from clipmatch.runlog import note, note_quirks
 from clipmatch.runtime import seed_everything
 from clipmatch.trainer import STATE, Result, Trainer
@@ -48,12 +49,14 @@ def train(
     """
     run = Path(settings.out)
     splits = data if isinstance(data, Splits) else read_splits(data)
-    state = find_state(run, resume)
+    ranks = Ranks(settings.device)
+    state = ranks.of_first(lambda: find_state(run, resume))
     seed_everything(settings.seed)
     checkpoint = open_checkpoint(run / "last") if state else start_from(model, tokenizer)
     note(f"data: {len(splits.train)} pictures to train on, {len(splits.dev)} for dev ({splits.origin})")
-    write_plan(run, data, splits, settings)
-    return Trainer(checkpoint, splits, settings, state, progress).run()
+    if ranks.is_first:
+        write_plan(run, data, splits, settings)
+    return Trainer(checkpoint, splits, settings, state, progress, ranks).run()
 
 
 def resume(run: str | Path, progress: bool = True) -> Result:

@@ -1,0 +1,146 @@
+"""Two processes train as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipmatch.checkpoint import Checkpoint, save_checkpoint
+from clipmatch.config import PreprocessConfig, TrainConfig
+from clipmatch.data import load_captions, split_captions
+from clipmatch.errors import ClipmatchError
+from clipmatch.model import CLIPModel
+from clipmatch.preprocess import Transform
+from clipmatch.ranks import Ranks
+from clipmatch.trainer import Trainer
+from clipmatch.training import open_checkpoint, train
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+GRADIENTS = """\
+import json, sys
+from safetensors.torch import save_file
+from clipmatch.config import TrainConfig, from_json
+from clipmatch.data import load_captions, split_captions
+from clipmatch.ranks import Ranks
+from clipmatch.trainer import Trainer
+from clipmatch.training import open_checkpoint
+
+model, scenes, out, settings = sys.argv[1:]
+settings = from_json(TrainConfig, json.loads(settings))
+trainer = Trainer(open_checkpoint(model), split_captions(load_captions(scenes)), settings, None, False, Ranks("cpu"))
+trainer.model.train()
+batch = next(iter(trainer.loader()))
+loss = trainer.objective.backward(batch, 0)
+learning = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+trainer.ranks.average_gradients(learning.values())
+if trainer.ranks.is_first:
+    save_file({name: value.grad.contiguous() for name, value in learning.items()}, out)
+    print(json.dumps([len(batch.image_ids), loss]))
+"""
+
+
+@pytest.fixture
+def sure(tiny, tmp_path):
+    """A model without dropout, in a folder: two processes draw other dropout than one."""
+    config = replace(tiny.model.config, dropout=0.0, feature_dropout=0.0)
+    for tower, names in (
+        (config.image_tower, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+        (config.text_tower, ("dropout", "attention_dropout")),
+    ):
+        tower.update(dict.fromkeys(names, 0.0))
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(CLIPModel(config), tiny.tokenizer, Transform(PreprocessConfig(size=32)))
+    save_checkpoint(checkpoint, tmp_path / "sure")
+    return tmp_path / "sure"
+
+
+def launch(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tune_image": "all", "tune_text": "all", "chunk": 3},
+        {"tune_text": 1, "loss": "sigmoid"},
+        {"loss": "hinge", "teachers": True},
+    ],
+    ids=["heads", "whole-in-chunks", "sigmoid", "hinge-and-teacher"],
+)
+def test_two_processes_have_the_gradient_of_one(sure, scenes, tmp_path, changes):
+    """Of a batch of 15, one has 8 pairs and the other 7."""
+    if changes.get("teachers"):
+        changes = {**changes, "teachers": (str(sure),)}
+    settings = TrainConfig(out=str(tmp_path / "run"), batch_size=15, precision="float32", device="cpu", **changes)
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    words = json.dumps(
+        {name: getattr(settings, name) for name in ("out", "batch_size", "precision", "device", *changes)}
+    )
+    done = launch(tmp_path / "gradients.py", sure, scenes, tmp_path / "two.safetensors", words)
+    size, loss = json.loads(done.stdout)
+    assert size == 8
+
+    one = Trainer(open_checkpoint(sure), split_captions(load_captions(scenes)), settings, None, False)
+    one.model.train()
+    batch = next(iter(one.loader()))
+    assert len(batch.image_ids) == 15
+    assert one.objective.backward(batch, 0) == pytest.approx(loss, rel=1e-5)
+    expected = {name: value.grad for name, value in one.model.named_parameters() if value.requires_grad}
+    found = load_file(tmp_path / "two.safetensors")
+    assert found.keys() == expected.keys()
+    assert "log_logit_scale" in found
+    for name, value in expected.items():
+        value = torch.zeros_like(found[name]) if value is None else value
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_run_of_two_processes_is_that_of_one(sure, scenes, tmp_path):
+    """From the command line, with concepts' place taken by accumulated batches; one log, one voice."""
+    options = ["--captions", scenes, "--model", sure, "--epochs", 2, "--batch-size", 10, "--accumulate", 2]
+    options += ["--precision", "float32", "--device", "cpu", "--tune-text", "all"]
+    done = launch("-m", "clipmatch.cli", "train", "--out", tmp_path / "two", *options)
+    assert done.stdout.count("best model:") == 1
+    assert "processes: 2, each with 5 of a batch's 10 pairs" in done.stderr
+    splits = split_captions(load_captions(scenes))
+    settings = TrainConfig(out=str(tmp_path / "one"), epochs=2, batch_size=10, accumulate=2, precision="float32")
+    result = train(splits, replace(settings, device="cpu", tune_text="all"), sure, progress=False)
+    losses = [
+        [row["loss"] for row in map(json.loads, (tmp_path / run / "log.jsonl").open()) if row["kind"] == "step"]
+        for run in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == result.history[-1]["step"]
+    resumed = launch("-m", "clipmatch.cli", "train", "--out", tmp_path / "two", "--resume")
+    assert "resumed at step" in resumed.stderr
+
+
+def test_a_batch_that_can_not_be_shared(sure, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.trainer.Ranks", FourRanks)
+    settings = TrainConfig(out=str(tmp_path / "run"), batch_size=6, device="cpu")
+    with pytest.raises(
+        ClipmatchError, match="A batch of 6 is too small for 4 processes; give two pairs or more for each"
+    ):
+        Trainer(open_checkpoint(sure), split_captions(load_captions(scenes)), settings, None, False)
+
+
+class FourRanks(Ranks):
+    def __init__(self, device=None):
+        super().__init__(device)
+        self.count = 4
+
+
+def test_alone_everything_stays_as_it_is():
+    ranks, rows = Ranks(), torch.ones(2, 3, requires_grad=True)
+    assert ranks.gather(rows) is rows
+    assert (ranks.is_first, ranks.fewest(7), ranks.any(True), ranks.any(False)) == (True, 7, True, False)
+    assert ranks.of_first(lambda: "answer") == "answer"
