@@ -20,7 +20,7 @@ from clipmatch.ranks import Ranks
 from clipmatch.trainer import Trainer
 from clipmatch.training import open_checkpoint, train
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 GRADIENTS = """\
 import json, sys
@@ -62,7 +62,9 @@ def sure(tiny, tmp_path):
 
 def launch(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -82,6 +84,7 @@ def test_two_processes_have_the_gradient_of_one(sure, scenes, tmp_path, changes)
     if changes.get("teachers"):
         changes = {**changes, "teachers": (str(sure),)}
     settings = TrainConfig(out=str(tmp_path / "run"), batch_size=15, precision="float32", device="cpu", **changes)
+    (tmp_path / "run").mkdir()
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     words = json.dumps(
         {name: getattr(settings, name) for name in ("out", "batch_size", "precision", "device", *changes)}
