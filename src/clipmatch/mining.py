@@ -44,7 +44,9 @@ def gather_neighbours(
         while len(batch) < seeds:
             add(next(left), batch, used)
         for item in neighbours[batch].T.ravel().tolist():
-            if len(batch) < batch_size and not used[item]:
+            if len(batch) == batch_size:
+                break
+            if not used[item]:
                 add(item, batch, used)
         while len(batch) < batch_size:
             add(next(left), batch, used)

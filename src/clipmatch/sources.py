@@ -266,7 +266,8 @@ def embed_pictures(
     read), which can be read [n], and why not the others.
     """
     rows, readable, failures = torch.zeros(count, model.config.embed_dim), np.zeros(count, bool), []
-    for start in tqdm(range(0, count, DEV_BATCH), desc="looking for neighbours", unit="batch", disable=not progress):
+    starts = range(0, count, DEV_BATCH)
+    for start in tqdm(starts, desc="looking at pictures", unit="batch", leave=False, disable=not progress):
         pixels, used, failed = images.fetch(range(start, min(start + DEV_BATCH, count)), PLAIN)
         failures += failed
         readable[start : start + len(used)] = used
