@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -108,7 +108,7 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
             f"None of the {len(captions)} images that {source.name} names is in {folder} "
             f"(tried {folder / missing[0]}); give the folder that holds them."
         )
-    absent = set(missing)
+    absent, splits = set(missing), splits or folder_splits(captions)
     rows = (
         CaptionedImage(folder / name, tuple(texts), splits.get(name, ""))
         for name, texts in captions.items()
@@ -133,11 +133,12 @@ def guess_images(source: Path, names: Iterable[str]) -> Path:
     A draw goes to the folder that the file's name contains (`captions_val2017.json`), then to the nearest.
     """
     sample = list(itertools.islice(names, 50))
+    near = source if source.is_dir() else source.parent
     folders: list[Path] = []
-    for base in (source.parent, source.parent.parent):
+    for base in (near, near.parent):
         for name in IMAGE_FOLDERS:
             folders += [base / name, *(base / name / inner for inner in IMAGE_FOLDERS)]
-    folders = [folder for folder in folders if folder.is_dir()] + [source.parent, source.parent.parent]
+    folders = [folder for folder in folders if folder.is_dir()] + [near, near.parent]
     return max(folders, key=lambda it: (sum(exists(it / name) for name in sample), it.name in source.stem))
 
 
@@ -179,6 +180,14 @@ def gather(
         if entry.repair:
             repaired.append(LineNote(entry.line, entry.repair, unit))
     return captions, splits, tuple(repaired), tuple(dropped)
+
+
+def folder_splits(names: Iterable[str]) -> dict[str, str]:
+    """The split of each image by its first folder, where these are `train`, `val`, `test` and the like throughout."""
+    words = {word: part for part, words in SPLITS.items() for word in words}
+    found = {name: words.get(name.partition("/")[0].lower(), "") for name in names}
+    # a folder of trains, beside one of buses, is no split
+    return found if "" not in found.values() and len(set(found.values())) > 1 else {}
 
 
 def join_splits(known: str, word: str) -> str:
@@ -246,6 +255,17 @@ def select_part(captions: CaptionSet, split: str | Path) -> CaptionSet:
     if not rows:
         raise ClipmatchError(f"{captions.source} puts no image into a part {split}; give a file with one name a line.")
     return replace(captions, rows=rows)
+
+
+def shortest_names(paths: Sequence[Path]) -> list[str]:
+    """Names that tell the files apart in a list: those of the files, with as many folders before them as it takes."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    names: list[str] = []
+    for depth in range(1, longest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def spellings(path: Path) -> list[str]:

@@ -239,7 +239,8 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
-        return next((captions_of(value[key]) for key in ("raw", *CAPTION_COLUMNS) if key in value), [])
+        found = (captions_of(value[key]) for key in ("raw", *CAPTION_COLUMNS) if key in value)
+        return next((captions for captions in found if captions), [])
     if isinstance(value, list | tuple):
         return [caption for inner in value for caption in captions_of(inner)]
     return []
