@@ -66,6 +66,8 @@ class CaptionSet:
     repaired: tuple[LineNote, ...]
     dropped: tuple[LineNote, ...]
     missing: tuple[str, ...]  # names of images that are not on disk
+    entries: tuple[Entry, ...] = ()  # every caption with its line, in file order, those of missing images too
+    unit: str = "line"  # what their numbers count
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
     with readable(source):
         source = find_caption_file(source, format)
         reader = pick_reader(source, format)
-        captions, splits, repaired, dropped = gather(reader.read(source), reader.unit)
+        entries, repaired, dropped = gather(reader.read(source), reader.unit)
         own_folder = reader.images(source)
+    captions, splits = by_image(entries), splits_of(entries)
     if not captions:
         first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
         raise ClipmatchError(
@@ -108,13 +111,13 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
             f"None of the {len(captions)} images that {source.name} names is in {folder} "
             f"(tried {folder / missing[0]}); give the folder that holds them."
         )
-    absent, splits = set(missing), splits or folder_splits(captions)
-    rows = (
+    absent = set(missing)
+    rows = tuple(
         CaptionedImage(folder / name, tuple(texts), splits.get(name, ""))
         for name, texts in captions.items()
         if name not in absent
     )
-    return CaptionSet(tuple(rows), reader.name, source, repaired, dropped, missing)
+    return CaptionSet(rows, reader.name, source, repaired, dropped, missing, entries, reader.unit)
 
 
 def choose_folder(source: Path, names: Iterable[str], images: str | Path | None, own: Path | None) -> Path:
@@ -161,10 +164,9 @@ def readable(path: Path) -> Iterator[None]:
 
 def gather(
     entries: Iterable[Entry | LineNote], unit: str = "line"
-) -> tuple[dict[str, list[str]], dict[str, str], tuple[LineNote, ...], tuple[LineNote, ...]]:
-    """Entries -> captions and splits by image name, notes on what was repaired, notes on what was dropped."""
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
+) -> tuple[tuple[Entry, ...], tuple[LineNote, ...], tuple[LineNote, ...]]:
+    """What a reader found -> entries that can be used, notes on what was repaired, notes on what was dropped."""
+    kept: list[Entry] = []
     repaired: list[LineNote] = []
     dropped: list[LineNote] = []
     for entry in entries:
@@ -173,29 +175,43 @@ def gather(
             dropped.append(replace(problem, unit=unit))
             continue
         assert isinstance(entry, Entry)
-        name = normal_name(entry.image)
-        captions.setdefault(name, []).append(entry.caption.strip())
-        if entry.split:
-            splits[name] = join_splits(splits.get(name, ""), entry.split)
+        kept.append(replace(entry, image=normal_name(entry.image), caption=entry.caption.strip()))
         if entry.repair:
             repaired.append(LineNote(entry.line, entry.repair, unit))
-    return captions, splits, tuple(repaired), tuple(dropped)
+    return tuple(kept), tuple(repaired), tuple(dropped)
 
 
-def folder_splits(names: Iterable[str]) -> dict[str, str]:
-    """The split of each image by its first folder, where these are `train`, `val`, `test` and the like throughout."""
-    words = {word: part for part, words in SPLITS.items() for word in words}
-    found = {name: words.get(name.partition("/")[0].lower(), "") for name in names}
+def by_image(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    """Captions by image name, both in file order."""
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry.image, []).append(entry.caption)
+    return captions
+
+
+def splits_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """The split of each image, as far as the file tells: by a word, or by first folders that are all named so."""
+    splits: dict[str, str] = {}
+    for entry in entries:
+        if entry.split:
+            splits[entry.image] = join_splits(splits.get(entry.image, ""), entry.split)
+    if splits:
+        return splits
+    folders = {entry.image: split_word(entry.image.partition("/")[0]) for entry in entries}
     # a folder of trains, beside one of buses, is no split
-    return found if "" not in found.values() and len(set(found.values())) > 1 else {}
+    return folders if len(set(folders.values())) > 1 and set(folders.values()) <= set(SPLITS) else {}
 
 
 def join_splits(known: str, word: str) -> str:
     """What a file says of an image's split, twice: where it says two things, the one that is farther from training."""
-    word = word.strip().lower()
-    found = next((part for part, words in SPLITS.items() if word in words), word)
-    order = list(SPLITS)
+    found, order = split_word(word), list(SPLITS)
     return found if known not in order or (found in order and order.index(found) > order.index(known)) else known
+
+
+def split_word(word: str) -> str:
+    """A word for a part -> the one of SPLITS; any other as it is, in small letters."""
+    word = word.strip().lower()
+    return next((part for part, words in SPLITS.items() if word in words), word)
 
 
 def check(entry: Entry) -> LineNote | None:
@@ -246,15 +262,17 @@ def select_part(captions: CaptionSet, split: str | Path) -> CaptionSet:
     """Only the images that a split file lists; or, where no file has that name, those of this part by the captions'
     own file: train, dev or test.
     """
-    part = next((part for part, words in SPLITS.items() if str(split).lower() in words), None)
-    if part is None or exists(Path(split)):
+    part = split_word(str(split))
+    if part not in SPLITS or exists(Path(split)):
         listed = set(read_split(split))
         missing = tuple(name for name in captions.missing if name in listed)
         return replace(captions, rows=select_split(captions.rows, split), missing=missing)
     rows = tuple(row for row in captions.rows if row.split == part)
     if not rows:
         raise ClipmatchError(f"{captions.source} puts no image into a part {split}; give a file with one name a line.")
-    return replace(captions, rows=rows)
+    splits = splits_of(captions.entries)
+    missing = tuple(name for name in captions.missing if splits.get(name) == part)
+    return replace(captions, rows=rows, missing=missing)
 
 
 def shortest_names(paths: Sequence[Path]) -> list[str]:
