@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from clipmatch import archive
@@ -38,6 +39,7 @@ SPLITS = {  # what data sets call the parts
     "dev": ("dev", "val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+NAMES = 1 << 18  # file names whose checks are remembered: each comes once a caption
 OFFICIAL_SPLITS = (
     ("splits/train.txt", "splits/dev.txt"),
     ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"),
@@ -175,7 +177,9 @@ def gather(
             dropped.append(replace(problem, unit=unit))
             continue
         assert isinstance(entry, Entry)
-        kept.append(replace(entry, image=normal_name(entry.image), caption=entry.caption.strip()))
+        name, caption = normal_name(entry.image), entry.caption.strip()
+        changed = name != entry.image or caption != entry.caption
+        kept.append(replace(entry, image=name, caption=caption) if changed else entry)
         if entry.repair:
             repaired.append(LineNote(entry.line, entry.repair, unit))
     return tuple(kept), tuple(repaired), tuple(dropped)
@@ -197,7 +201,7 @@ def splits_of(entries: Sequence[Entry]) -> dict[str, str]:
             splits[entry.image] = join_splits(splits.get(entry.image, ""), entry.split)
     if splits:
         return splits
-    folders = {entry.image: split_word(entry.image.partition("/")[0]) for entry in entries}
+    folders = {name: split_word(name.partition("/")[0]) for name in {entry.image: None for entry in entries}}
     # a folder of trains, beside one of buses, is no split
     return folders if len(set(folders.values())) > 1 and set(folders.values()) <= set(SPLITS) else {}
 
@@ -221,13 +225,18 @@ def check(entry: Entry) -> LineNote | None:
         return LineNote(entry.line, "no image name")
     if not entry.caption.strip():
         return LineNote(entry.line, f"empty caption of {entry.image}")
-    # judged by the rules of both systems: a caption file travels
-    paths = (PurePosixPath(name), PureWindowsPath(name))
-    if any(path.anchor or ".." in path.parts for path in paths):
+    if leaves_folder(name):
         return LineNote(entry.line, f"the image name {name} leaves the image folder")
     return None
 
 
+@lru_cache(NAMES)
+def leaves_folder(name: str) -> bool:
+    """Whether a name leads out of the image folder, by the rules of both systems: a caption file travels."""
+    return any(path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name)))
+
+
+@lru_cache(NAMES)
 def normal_name(name: str) -> str:
     r"""One spelling for one relative path: `.\a\b.jpg` and `a/b.jpg` are the same image."""
     name = name.strip().replace("\\", "/")

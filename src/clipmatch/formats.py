@@ -51,7 +51,7 @@ class Line:
     repair: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Entry:
     """One caption as a reader found it: not yet checked against rules or disk.
 

@@ -34,6 +34,7 @@ CAPTION_FILES = (
     "captions*.json",
     "captions*.jsonl",
 )
+CAPTION_SUFFIXES = tuple({Path(name).suffix for name in CAPTION_FILES})
 SHARDS = (".tar", ".parquet")
 DEPTH = 3  # folders below the one that is given: Kaggle's are two or three deep
 
@@ -84,7 +85,8 @@ def folder_levels(path: Path) -> Iterator[list[Path]]:
 def known_files(folder: Path) -> list[Path]:
     """The caption files directly in a folder that have the first of the known names that occurs there."""
     try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208 - of each of tens of thousands a Path would be slow
+        # a folder of pictures has tens of thousands of names: no Path of each
+        names = sorted(name for name in os.listdir(folder) if name.endswith(CAPTION_SUFFIXES))  # noqa: PTH208
     except OSError:  # it may not be listed
         return []
     for pattern in CAPTION_FILES:
