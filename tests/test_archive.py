@@ -1,5 +1,6 @@
 """Captions and pictures inside tar archives, whole and damaged."""
 
+import json
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -7,14 +8,17 @@ from pathlib import Path
 
 import pytest
 from captionfiles import add_images, captions_of, names, notes, pack, picture, webdataset, write
+from click.testing import CliRunner
 
 from clipmatch import archive
-from clipmatch.config import PreprocessConfig
-from clipmatch.data import load_captions, select_part, shortest_names, split_captions
+from clipmatch.cli import main
+from clipmatch.config import DataConfig, PreprocessConfig, TrainConfig
+from clipmatch.data import load_captions, read_split, select_part, shortest_names, split_captions
 from clipmatch.embedder import read_batches
 from clipmatch.errors import ClipmatchError
 from clipmatch.features import content_keys
 from clipmatch.preprocess import ImageError, Transform, load_image
+from clipmatch.training import train
 
 
 def test_webdataset_by_file_folder_and_pattern(tmp_path):
@@ -174,3 +178,39 @@ def test_rows_travel_to_worker_processes(tmp_path):
     row = load_captions(webdataset(tmp_path)).rows[0]
     assert pickle.loads(pickle.dumps(row)) == row
     assert isinstance(row.path, Path)
+
+
+@pytest.fixture
+def shards(scenes, tmp_path):
+    """Scenes in three archives, a part each; the names of their members begin anew in each. -> a pattern"""
+    splits = split_captions(load_captions(scenes))
+    for part, rows in (("train", splits.train[:24]), ("val", splits.dev[:12]), ("test", splits.dev[12:])):
+        members = []
+        for at, row in enumerate(rows):
+            members += [
+                (f"{at}{row.path.suffix}", row.path.read_bytes()),
+                (f"{at}.txt", "\n".join(row.captions).encode()),
+            ]
+        pack(tmp_path / "shards" / f"{part}.tar", members)
+    return tmp_path / "shards" / "{train,val,test}.tar"
+
+
+@pytest.mark.parametrize("tune", ["none", "all"], ids=["cached features", "worker process"])
+def test_a_model_learns_from_archives(shards, model_folder, tmp_path, tune):
+    workers = {"workers": 1} if tune == "all" else {}
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=8, tune_image=tune, **workers)
+    result = train(DataConfig(str(shards)), settings, model_folder, progress=False)
+    assert (result.finished, result.failures) == (True, [])
+    written = [read_split(tmp_path / "run" / "splits" / f"{part}.txt") for part in ("train", "dev")]
+    assert [len(part) for part in written] == [24, 12]
+    assert not set(written[0]).intersection(written[1])
+
+
+def test_a_model_is_measured_on_the_test_part_of_archives(shards, model_folder, tmp_path):
+    options = ["--model", str(model_folder), "--captions", str(shards), "--device", "cpu"]
+    done = CliRunner().invoke(main, ["evaluate", *options, "--split", "test", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert (figures["images"], figures["failures"]) == (8, [])
+    other = CliRunner().invoke(main, ["evaluate", *options, "--split", "tset", "--json", "-"])
+    assert other.stderr == "Error: Cannot read tset: No such file or directory.\n"
