@@ -97,8 +97,12 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
     with readable(source):
         source = find_caption_file(source, format)
         reader = pick_reader(source, format)
-        entries, repaired, dropped = gather(reader.read(source), reader.unit)
         own_folder = reader.images(source)
+        if own_folder is not None and images is not None:
+            raise ClipmatchError(
+                f"{source} brings its images with it, so the folder {images} has no use; leave it out."
+            )
+        entries, repaired, dropped = gather(reader.read(source), reader.unit)
     captions, splits = by_image(entries), splits_of(entries)
     if not captions:
         first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
@@ -106,7 +110,7 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
             f"{source} has no caption that can be read as {reader.name} (dropped {reader.unit}s: {len(dropped)}"
             f"{first}); choose another file or format."
         )
-    folder = choose_folder(source, captions, images, own_folder)
+    folder = own_folder or choose_folder(source, captions, images)
     missing = tuple(name for name in captions if not exists(folder / name))
     if len(missing) == len(captions):
         raise ClipmatchError(
@@ -122,11 +126,9 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
     return CaptionSet(rows, reader.name, source, repaired, dropped, missing, entries, reader.unit)
 
 
-def choose_folder(source: Path, names: Iterable[str], images: str | Path | None, own: Path | None) -> Path:
-    """The folder of the images: the source's own, else the given one, else the likeliest."""
-    if own is not None and images is not None:
-        raise ClipmatchError(f"{source} brings its images with it, so the folder {images} has no use; leave it out.")
-    folder = own or (Path(images).expanduser() if images is not None else guess_images(source, names))
+def choose_folder(source: Path, names: Iterable[str], images: str | Path | None) -> Path:
+    """The given folder of the images, else the likeliest. Raises ClipmatchError if there is none."""
+    folder = Path(images).expanduser() if images is not None else guess_images(source, names)
     if not folder.is_dir():
         raise ClipmatchError(f"The image folder {folder} does not exist; give the folder that holds the images.")
     return folder

@@ -24,6 +24,7 @@ SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?=[^a-z]|$)", re.IGNORECASE
 )
 STEM = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")  # WebDataset: a sample's name ends at the first dot
+MANY = 10  # archives, which take a second each
 MAX_CAPTION_FILE = 1 << 20  # bytes; what is longer is no captions
 
 
@@ -145,10 +146,12 @@ def read_webdataset(path: Path) -> Iterator[Entry | LineNote]:
 
     Bad samples, archives that are cut off, and archives that a pattern names in vain are notes.
     """
+    from tqdm import tqdm
+
     from clipmatch.archive import contents, table
 
-    root, number = image_root(path), 0
-    for shard in list_shards(path, ".tar"):
+    shards, root, number = list_shards(path, ".tar"), image_root(path), 0
+    for shard in tqdm(shards, desc="archives", unit="tar", disable=len(shards) < MANY):
         name = shard.relative_to(root).as_posix()
         try:
             found = contents(shard)

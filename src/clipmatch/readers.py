@@ -44,7 +44,7 @@ def find_caption_file(path: Path, format: str | None = None) -> Path:
 
     Files with a known name go before folders of archives or Parquet files, and these before pictures with text files.
     """
-    if path.is_file() or is_pattern(path):
+    if path.is_file() or (is_pattern(path) and path.suffix.lower() in SHARDS):
         return path
     if not path.is_dir():
         raise ClipmatchError(f"There is no caption file or folder {path}; check the path.")
