@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,8 @@ def open_table(path: Path) -> Table:
         import pyarrow.parquet as parquet
     except ModuleNotFoundError as error:
         raise ClipmatchError('Parquet files need pyarrow; install it: pip install "clipmatch[data]"') from error
-    try:
+    with reading(path):
         file = parquet.ParquetFile(path)
-    except arrow.ArrowException as error:
-        raise damaged(path, error) from error
     names: list[str] = file.schema_arrow.names
     columns = find_columns(names)
     if columns is None:
@@ -93,20 +92,23 @@ def open_table(path: Path) -> Table:
     return Table(path, file, names[columns.image], captions, split, embedded)
 
 
-def damaged(path: Path, error: Exception) -> ClipmatchError:
-    """The sentence for a file that can't be read."""
-    return ClipmatchError(f"{path} is not a whole Parquet file ({reason_of(error)}); copy or download it again.")
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the library raises on a damaged file, which is of many kinds, into a ClipmatchError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not the library's
+            raise
+        why = reason_of(error)
+        raise ClipmatchError(f"{path} is not a whole Parquet file ({why}); copy or download it again.") from error
 
 
 def rows_of(table: Table, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file as objects with these columns."""
-    import pyarrow as arrow
-
-    try:
+    with reading(table.path):
         for batch in table.file.iter_batches(BATCH, columns=list(columns)):
             yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise damaged(table.path, error) from error
 
 
 # Pictures inside
