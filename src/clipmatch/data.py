@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from clipmatch import archive
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import Entry, read_lines
+from clipmatch.formats import Entry, Reader, read_lines
 from clipmatch.formats import LineNote as LineNote  # part of this module's interface
 from clipmatch.readers import find_caption_file, pick_reader
 
@@ -99,17 +99,11 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
         reader = pick_reader(source, format)
         own_folder = reader.images(source)
         if own_folder is not None and images is not None:
-            raise ClipmatchError(
-                f"{source} brings its images with it, so the folder {images} has no use; leave it out."
-            )
+            raise ClipmatchError(f"{source} brings its images with it, so {images} would be idle; leave it out.")
         entries, repaired, dropped = gather(reader.read(source), reader.unit)
+    if not entries:
+        raise nothing_found(source, reader, dropped)
     captions, splits = by_image(entries), splits_of(entries)
-    if not captions:
-        first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
-        raise ClipmatchError(
-            f"{source} has no caption that can be read as {reader.name} (dropped {reader.unit}s: {len(dropped)}"
-            f"{first}); choose another file or format."
-        )
     folder = own_folder or choose_folder(source, captions, images)
     missing = tuple(name for name in captions if not exists(folder / name))
     if len(missing) == len(captions):
@@ -124,6 +118,15 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
         if name not in absent
     )
     return CaptionSet(rows, reader.name, source, repaired, dropped, missing, entries, reader.unit)
+
+
+def nothing_found(source: Path, reader: Reader, dropped: Sequence[LineNote]) -> ClipmatchError:
+    """The sentence for captions of which none can be read."""
+    first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
+    return ClipmatchError(
+        f"{source} has no caption that can be read as {reader.name} (dropped {reader.unit}s: {len(dropped)}{first}); "
+        "choose another file or format."
+    )
 
 
 def choose_folder(source: Path, names: Iterable[str], images: str | Path | None) -> Path:
@@ -146,7 +149,8 @@ def guess_images(source: Path, names: Iterable[str]) -> Path:
         for name in IMAGE_FOLDERS:
             folders += [base / name, *(base / name / inner for inner in IMAGE_FOLDERS)]
     folders = [folder for folder in folders if folder.is_dir()] + [near, near.parent]
-    return max(folders, key=lambda it: (sum(exists(it / name) for name in sample), it.name in source.stem))
+    words = source.stem.split("_")
+    return max(folders, key=lambda folder: (sum(exists(folder / name) for name in sample), folder.name in words))
 
 
 def exists(path: Path) -> bool:

@@ -30,7 +30,7 @@ CAPTION_FILES = (
     "captions.tsv",
     "metadata.csv",
     "metadata.jsonl",
-    "dataset_*.json",
+    "dataset_[cf]*.json",  # Karpathy's, of COCO and Flickr; dataset_infos.json is something else
     "captions*.json",
     "captions*.jsonl",
 )
