@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +35,24 @@ def test_webdataset_by_file_folder_and_pattern(tmp_path):
         load_captions(tmp_path / "{7..8}.tar")
     with pytest.raises(ClipmatchError, match=r"no caption file or folder .*7\.tar"):
         load_captions(tmp_path / "7.tar")
+
+
+def test_patterns_say_what_is_wrong_with_them(tmp_path, monkeypatch):
+    shard_of(tmp_path / "0.tar", 1)
+    with pytest.raises(ClipmatchError, match=r"pattern .*\{0\.tar can't be understood"):
+        load_captions(tmp_path / "{0.tar")
+    with pytest.raises(ClipmatchError, match=r"no caption file or folder .*\{0,1\}\.txt"):
+        load_captions(tmp_path / "{0,1}.txt")
+    monkeypatch.setitem(sys.modules, "braceexpand", None)
+    with pytest.raises(ClipmatchError, match=r'need braceexpand; install it: pip install "clipmatch\[data\]"'):
+        load_captions(tmp_path / "{0,1}.tar")
+    assert len(load_captions(tmp_path / "0.tar").rows) == 1  # which needs none
+
+
+def test_an_archive_of_other_caption_files_is_not_taken_for_them(tmp_path):
+    path = pack(tmp_path / "Flickr8k_text.tar", [("Flickr8k.token.txt", b"a.jpg#0\tA dog .\n")])
+    with pytest.raises(ClipmatchError, match=r"can be read as webdataset .*Flickr8k_text\.tar/Flickr8k has no picture"):
+        load_captions(path)
 
 
 def test_captions_of_samples_and_samples_that_lack_something(tmp_path):

@@ -1,7 +1,9 @@
 """Captions in Parquet files, and pictures that are unpacked from them."""
 
+import sys
+
 import pytest
-from captionfiles import add_images, embedded, names, notes, parquet, picture, put_table
+from captionfiles import add_images, embedded, names, notes, parquet, picture, put_table, webdataset, write
 
 from clipmatch.data import load_captions
 from clipmatch.errors import ClipmatchError
@@ -79,9 +81,43 @@ def test_parquet_shards_by_folder_and_pattern_with_splits_in_their_names(tmp_pat
     assert names(pattern.rows) == ["train.png", "test.png"]
 
 
+def test_other_files_of_a_data_set_on_the_hub_are_not_taken_for_captions(tmp_path):
+    parquet(tmp_path / "data")
+    write(tmp_path / "dataset_infos.json", "{}")
+    write(tmp_path / "README.md", "---\nlicense: mit\n---\n")
+    assert load_captions(tmp_path).source == tmp_path / "data"
+
+
+def test_the_table_that_img2dataset_writes_beside_an_archive_is_not_read(tmp_path):
+    webdataset(tmp_path)
+    put_table(tmp_path / "00000.parquet", url=["http://a/b"], caption=["A dog ."], key=["000"])
+    found = load_captions(tmp_path)
+    assert (found.format, len(found.rows)) == ("webdataset", 2)
+
+
+def test_a_place_that_can_not_be_written_is_one_sentence(tmp_path, own_cache):
+    write(own_cache, "a file where the folder should be")
+    file = embedded(tmp_path / "x.parquet", [{"bytes": picture(), "path": "a.png"}], text=["A dog ."])
+    with pytest.raises(ClipmatchError, match=r"can't be unpacked into .*cache.unpacked.* CLIPMATCH_CACHE"):
+        load_captions(file)
+
+
+def test_without_its_library_the_extra_is_named(tmp_path, monkeypatch):
+    file = parquet(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ClipmatchError, match=r'need pyarrow; install it: pip install "clipmatch\[data\]"'):
+        load_captions(file)
+
+
 def test_parquet_that_is_damaged_or_lacks_a_column(tmp_path):
     file = parquet(tmp_path)
     file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ClipmatchError, match=r"train\.parquet is not a whole Parquet file"):
+        load_captions(file)
+    embedded(file, [{"bytes": picture(), "path": "a.png"}], text=["A dog ."])
+    data = bytearray(file.read_bytes())
+    data[4:40] = bytes(36)  # the header of the first page; the footer is whole
+    file.write_bytes(bytes(data))
     with pytest.raises(ClipmatchError, match=r"train\.parquet is not a whole Parquet file"):
         load_captions(file)
     with pytest.raises(ClipmatchError, match=r"needs an image column .*; it has url, alt"):
