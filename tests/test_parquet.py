@@ -33,19 +33,25 @@ def test_pictures_inside_parquet_are_unpacked_once(tmp_path, own_cache):
             {"bytes": red, "path": "a.png"},
             {"bytes": red, "path": "a.png"},  # a row a caption
             {"bytes": blue, "path": "../../a.png"},  # another picture of the same name
-            {"bytes": lime, "path": None},
+            {"bytes": lime, "path": "12:30 .png "},  # no name for every system
+            {"bytes": picture("black"), "path": None},
             {"bytes": None, "path": "b.png"},
             None,
         ],
-        caption=["A dog .", "A wet dog .", "A cat .", "A hen .", "Lost .", "Lost too ."],
+        caption=["A dog .", "A wet dog .", "A cat .", "A hen .", "A crow .", "Lost .", "Lost too ."],
     )
     found = load_captions(file)
-    assert [row.captions for row in found.rows] == [("A dog .", "A wet dog ."), ("A cat .",), ("A hen .",)]
+    assert [row.captions for row in found.rows] == [
+        ("A dog .", "A wet dog ."),
+        ("A cat .",),
+        ("A hen .",),
+        ("A crow .",),
+    ]
     assert found.rows[0].path.name == "a.png"
-    assert [row.path.read_bytes() for row in found.rows] == [red, blue, lime]
+    assert [row.path.read_bytes() for row in found.rows] == [red, blue, lime, picture("black")]
     assert {row.path.parent.parent for row in found.rows} == {own_cache / "unpacked"}
     assert all(row.path.suffix == ".png" for row in found.rows)
-    assert notes(found.dropped) == [("row 5", "no image"), ("row 6", "no image")]
+    assert notes(found.dropped) == [("row 6", "no image"), ("row 7", "no image")]
     times = [row.path.stat().st_mtime_ns for row in found.rows]
     assert load_captions(file).rows == found.rows
     assert [row.path.stat().st_mtime_ns for row in found.rows] == times  # not a second time

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BATCH = 256  # rows; with pictures inside perhaps 100 MB
 RECORD = "unpacked.json"  # written last: names and sizes of what was unpacked
+PLAIN_NAME = re.compile(r"\w[\w .,+()&=-]{0,98}\w")  # that every system can write
 BEGINNINGS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
@@ -202,7 +204,7 @@ def picture_of(value: Any) -> tuple[bytes, str]:
 def file_name(path: str, data: bytes, digest: str, taken: set[str]) -> str:
     """A picture's own name; where it has none, or another picture has it, one made of its content."""
     name = PurePosixPath(path.replace("\\", "/")).name
-    if name.isprintable() and 0 < len(name) < 100 and name[0] != "." and name.lower() not in taken:
+    if PLAIN_NAME.fullmatch(name) and name.lower() not in taken:
         return name
     return digest[:24] + next((suffix for start, suffix in BEGINNINGS.items() if data.startswith(start)), "")
 
