@@ -182,9 +182,9 @@ def test_format_can_be_forced_and_an_unknown_one_lists_the_known(tmp_path):
     file = write(tmp_path / "captions.txt", "image,caption\na.jpg,One , two\n")
     add_images(tmp_path, "a.jpg")
     assert load_captions(file, format="table").format == "table"
-    known = "flickr8k-csv, flickr8k-token, flickr30k-csv, table"
-    with pytest.raises(ClipmatchError, match=f"'coco'; known: {known}"):
-        load_captions(file, format="coco")
+    known = "webdataset, image-folder, parquet, karpathy, coco, json-list, json-lines, flickr8k-csv, flickr8k-token"
+    with pytest.raises(ClipmatchError, match=f"'yaml'; known: {known}, flickr30k-csv, table"):
+        load_captions(file, format="yaml")
     with pytest.raises(ClipmatchError, match="dropped lines: 2; the first was line 1: not of the form"):
         load_captions(file, format="flickr8k-token")
 
@@ -194,7 +194,7 @@ def test_format_can_be_forced_and_an_unknown_one_lists_the_known(tmp_path):
     [
         ("", None, "is empty"),
         ("", "table", "is empty"),
-        ("just a sentence\n", None, "is not recognised .* known: flickr8k-csv"),
+        ("just a sentence\n", None, "is not recognised .* known: webdataset"),
         ("name,words\na.jpg,A dog\n", "table", "header needs one of image, image_name"),
         ("image,caption\n", None, "has no caption"),
         ("image,caption\na.jpg,\n", None, "dropped lines: 1; the first was line 2: empty caption of a.jpg"),

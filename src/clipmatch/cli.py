@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,15 @@ from clipmatch import __version__
 from clipmatch.cli_photos import duplicates_command, find_command, index_command, model_option
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import READERS
 from clipmatch.output import report_failures
+from clipmatch.readers import READERS
 
 if TYPE_CHECKING:
     from clipmatch.embedder import BatchedEmbedder
     from clipmatch.evaluation import Evaluation
 
 FORMATS = [reader.name for reader in READERS]
+CAPTIONS_HELP = "Caption file, the folder that holds it, or shards as in 'data/{00..99}.tar'."
 Command = Callable[..., Any]
 
 
@@ -217,7 +218,7 @@ def train_options(command: Command) -> Command:
 
 
 @main.command()
-@click.option("--captions", metavar="FILE", help="Caption file, or the folder that holds it.")
+@click.option("--captions", metavar="FILE", help=CAPTIONS_HELP)
 @data_options
 @click.option("--train-split", metavar="FILE", help="Image names to train on, one a line.")
 @click.option(
@@ -323,9 +324,13 @@ def pick(kind: type[Any], options: dict[str, Any]) -> Any:
 
 @main.command()
 @model_option
-@click.option("--captions", required=True, metavar="FILE", help="Caption file, or the folder that holds it.")
+@click.option("--captions", required=True, metavar="FILE", help=CAPTIONS_HELP)
 @data_options
-@click.option("--split", metavar="FILE", help="Only these images: one name a line.")
+@click.option(
+    "--split",
+    metavar="FILE",
+    help="Only these images: one name a line; or train, dev, test, if the captions say which.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures; - for stdout.")
 @click.option("--html", metavar="FILE", help="Write the evaluation card: table, curves, best and worst queries.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the bootstrap.")
@@ -348,7 +353,7 @@ def evaluate(
     model also learns how probable its matches are, which it keeps in its folder for clipmatch find.
     """
     from clipmatch import evaluation
-    from clipmatch.data import load_captions, read_split, select_split
+    from clipmatch.data import load_captions, select_part
     from clipmatch.embedder import load_model
     from clipmatch.modelfolder import write_json
     from clipmatch.runlog import note_quirks
@@ -357,9 +362,7 @@ def evaluate(
     data = load_captions(captions, images, format)
     note_quirks(data)
     if split:
-        listed = set(read_split(split))
-        missing = tuple(name for name in data.missing if name in listed)
-        data = replace(data, rows=select_split(data.rows, split), missing=missing)
+        data = select_part(data, split)
     flattered = bool(model) and warn_of_training_pictures(str(model), data.rows)
     result = evaluation.evaluate(embedder, data, seed=seed)
     figures = result.to_json()

@@ -1,6 +1,6 @@
 """Caption files -> captioned images, and their split into train and dev.
 
-In: a caption file (or a folder that holds one), the image folder, split files. The formats are those of `formats`.
+In: captions (a file, a folder, or a pattern), the image folder, split files. The formats are those of `readers`.
 Out: immutable rows, one an image, with a note for every line that was repaired or dropped. Knows nothing of pixels,
 tokens or models; it looks whether an image file is there and never opens one.
 """
@@ -10,25 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from clipmatch import archive
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import CAPTION_COLUMNS, IMAGE_COLUMNS, READERS, Entry, Reader, read_lines, split_lines
+from clipmatch.formats import Entry, Reader, read_lines
 from clipmatch.formats import LineNote as LineNote  # part of this module's interface
+from clipmatch.readers import find_caption_file, pick_reader
 
-CAPTION_FILES = (
-    "captions.txt",
-    "results.csv",
-    "Flickr8k.token.txt",
-    "results_20130124.token",
-    "captions.csv",
-    "captions.tsv",
-    "metadata.csv",
-)
 IMAGE_FOLDERS = (
     "Images",
     "images",
@@ -36,7 +29,17 @@ IMAGE_FOLDERS = (
     "Flickr8k_Dataset",
     "flickr30k_images",
     "flickr30k-images",
+    "train2014",
+    "val2014",
+    "train2017",
+    "val2017",
 )
+SPLITS = {  # what data sets call the parts
+    "train": ("train", "training", "restval"),  # restval: of COCO's val, given to train by Karpathy and all after him
+    "dev": ("dev", "val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+NAMES = 1 << 18  # file names whose checks are remembered: each comes once a caption
 OFFICIAL_SPLITS = (
     ("splits/train.txt", "splits/dev.txt"),
     ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"),
@@ -45,10 +48,14 @@ OFFICIAL_SPLITS = (
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image that is on disk, with all its captions in file order."""
+    """One image that is on disk (perhaps inside an archive, see `archive`), with all its captions in file order.
+
+    split: the part that the caption file puts it in, of SPLITS or any other word; "" if it does not say.
+    """
 
     path: Path
     captions: tuple[str, ...]
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class CaptionSet:
     repaired: tuple[LineNote, ...]
     dropped: tuple[LineNote, ...]
     missing: tuple[str, ...]  # names of images that are not on disk
+    entries: tuple[Entry, ...] = ()  # every caption with its line, in file order, those of missing images too
+    unit: str = "line"  # what their numbers count
 
 
 @dataclass(frozen=True)
@@ -77,25 +86,25 @@ class Splits:
 
 
 def load_captions(path: str | Path, images: str | Path | None = None, format: str | None = None) -> CaptionSet:
-    """Read a caption file and find its images.
+    """Read captions and find their images.
 
-    `path` is the file or a folder that holds one, up to two folders deep. `images` is the image folder, guessed from
-    the usual names beside the file if None. `format` is a name in `READERS`, recognised if None.
+    `path` is the file, a folder that holds one, up to three folders deep, or a pattern such as `{00..99}.tar`. `images`
+    is the image folder, guessed from the usual names beside the file if None. `format` is a name in `READERS`,
+    recognised if None.
     Raises `ClipmatchError` if nothing can be read or none of the images is there.
     """
-    source = find_caption_file(Path(path).expanduser())
+    source = Path(path).expanduser()
     with readable(source):
+        source = find_caption_file(source, format)
         reader = pick_reader(source, format)
-        captions, repaired, dropped = gather(reader.read(source))
-    if not captions:
-        first = f"; the first was line {dropped[0].line}: {dropped[0].text}" if dropped else ""
-        raise ClipmatchError(
-            f"{source} has no caption that can be read as {reader.name} (dropped lines: {len(dropped)}{first}); "
-            "choose another file or format."
-        )
-    folder = Path(images).expanduser() if images is not None else guess_images(source, captions)
-    if not folder.is_dir():
-        raise ClipmatchError(f"The image folder {folder} does not exist; give the folder that holds the images.")
+        own_folder = reader.images(source)
+        if own_folder is not None and images is not None:
+            raise ClipmatchError(f"{source} brings its images with it, so {images} would be idle; leave it out.")
+        entries, repaired, dropped = gather(reader.read(source), reader.unit)
+    if not entries:
+        raise nothing_found(source, reader, dropped)
+    captions, splits = by_image(entries), splits_of(entries)
+    folder = own_folder or choose_folder(source, captions, images)
     missing = tuple(name for name in captions if not exists(folder / name))
     if len(missing) == len(captions):
         raise ClipmatchError(
@@ -103,62 +112,51 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
             f"(tried {folder / missing[0]}); give the folder that holds them."
         )
     absent = set(missing)
-    rows = (CaptionedImage(folder / name, tuple(texts)) for name, texts in captions.items() if name not in absent)
-    return CaptionSet(tuple(rows), reader.name, source, repaired, dropped, missing)
+    rows = tuple(
+        CaptionedImage(folder / name, tuple(texts), splits.get(name, ""))
+        for name, texts in captions.items()
+        if name not in absent
+    )
+    return CaptionSet(rows, reader.name, source, repaired, dropped, missing, entries, reader.unit)
 
 
-def find_caption_file(path: Path) -> Path:
-    """The file itself, or the shallowest file with a known name in the folder or two folders below it."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ClipmatchError(f"There is no caption file or folder {path}; check the path.")
-    level = [path]
-    for _ in range(3):
-        found = [file for folder in level for file in known_files(folder)[:1]]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ClipmatchError(
-                f"{path} holds more than one caption file ({found[0]}, {found[1]}); name the one that you mean."
-            )
-        level = [inner for folder in level for inner in subfolders(folder)]
-    raise ClipmatchError(
-        f"{path} holds no caption file: looked for {', '.join(CAPTION_FILES)} there and two folders deep; "
-        "give the file itself."
+def nothing_found(source: Path, reader: Reader, dropped: Sequence[LineNote]) -> ClipmatchError:
+    """The sentence for captions of which none can be read."""
+    first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
+    return ClipmatchError(
+        f"{source} has no caption that can be read as {reader.name} (dropped {reader.unit}s: {len(dropped)}{first}); "
+        "choose another file or format."
     )
 
 
-def known_files(folder: Path) -> list[Path]:
-    """The caption files with a known name that lie directly in a folder."""
-    return [folder / name for name in CAPTION_FILES if exists(folder / name)]
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in a folder, by name; a folder that may not be listed counts as empty."""
-    try:
-        # scandir knows folders from files without a look-up each: an image folder has tens of thousands of files
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
-    except OSError:
-        return []
+def choose_folder(source: Path, names: Iterable[str], images: str | Path | None) -> Path:
+    """The given folder of the images, else the likeliest. Raises ClipmatchError if there is none."""
+    folder = Path(images).expanduser() if images is not None else guess_images(source, names)
+    if not folder.is_dir():
+        raise ClipmatchError(f"The image folder {folder} does not exist; give the folder that holds the images.")
+    return folder
 
 
 def guess_images(source: Path, names: Iterable[str]) -> Path:
-    """The usual image folder near a caption file that holds most of the first names; a draw goes to the nearest."""
+    """The usual image folder near a caption file that holds most of the first names.
+
+    A draw goes to the folder that the file's name contains (`captions_val2017.json`), then to the nearest.
+    """
     sample = list(itertools.islice(names, 50))
+    near = source if source.is_dir() else source.parent
     folders: list[Path] = []
-    for base in (source.parent, source.parent.parent):
+    for base in (near, near.parent):
         for name in IMAGE_FOLDERS:
             folders += [base / name, *(base / name / inner for inner in IMAGE_FOLDERS)]
-    folders = [folder for folder in folders if folder.is_dir()] + [source.parent]
-    return max(folders, key=lambda folder: sum(exists(folder / name) for name in sample))
+    folders = [folder for folder in folders if folder.is_dir()] + [near, near.parent]
+    words = source.stem.split("_")
+    return max(folders, key=lambda folder: (sum(exists(folder / name) for name in sample), folder.name in words))
 
 
 def exists(path: Path) -> bool:
-    """Whether a file is there. A name that no file could have (too long, say) is not there."""
+    """Whether a file is there, also inside an archive. A name that no file could have (too long, say) is not there."""
     try:
-        return path.is_file()
+        return archive.is_file(path)
     except (OSError, ValueError):
         return False
 
@@ -172,44 +170,58 @@ def readable(path: Path) -> Iterator[None]:
         raise ClipmatchError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def pick_reader(source: Path, format: str | None) -> Reader:
-    """The reader of that name, or the first that recognises the file."""
-    known = ", ".join(reader.name for reader in READERS)
-    with source.open("rb") as file:
-        head = [line.text for line in split_lines(file.read(1 << 14)) if line.text.strip()][:5]
-    if not head:
-        raise ClipmatchError(f"The caption file {source} is empty; give another.")
-    if format is not None:
-        for reader in READERS:
-            if reader.name == format:
-                return reader
-        raise ClipmatchError(f"Unknown caption format {format!r}; known: {known}.")
-    for reader in READERS:
-        if reader.sniff(source, head):
-            return reader
-    raise ClipmatchError(
-        f"The format of {source} is not recognised (first line {head[0][:80]!r}); known: {known}. A table needs a "
-        f"header with one of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}."
-    )
-
-
 def gather(
-    entries: Iterable[Entry | LineNote],
-) -> tuple[dict[str, list[str]], tuple[LineNote, ...], tuple[LineNote, ...]]:
-    """Entries -> captions by image name, notes on repaired lines, notes on dropped lines."""
-    captions: dict[str, list[str]] = {}
+    entries: Iterable[Entry | LineNote], unit: str = "line"
+) -> tuple[tuple[Entry, ...], tuple[LineNote, ...], tuple[LineNote, ...]]:
+    """What a reader found -> entries that can be used, notes on what was repaired, notes on what was dropped."""
+    kept: list[Entry] = []
     repaired: list[LineNote] = []
     dropped: list[LineNote] = []
     for entry in entries:
         problem = entry if isinstance(entry, LineNote) else check(entry)
         if problem is not None:
-            dropped.append(problem)
+            dropped.append(replace(problem, unit=unit))
             continue
         assert isinstance(entry, Entry)
-        captions.setdefault(normal_name(entry.image), []).append(entry.caption.strip())
+        name, caption = normal_name(entry.image), entry.caption.strip()
+        changed = name != entry.image or caption != entry.caption
+        kept.append(replace(entry, image=name, caption=caption) if changed else entry)
         if entry.repair:
-            repaired.append(LineNote(entry.line, entry.repair))
-    return captions, tuple(repaired), tuple(dropped)
+            repaired.append(LineNote(entry.line, entry.repair, unit))
+    return tuple(kept), tuple(repaired), tuple(dropped)
+
+
+def by_image(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    """Captions by image name, both in file order."""
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry.image, []).append(entry.caption)
+    return captions
+
+
+def splits_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """The split of each image, as far as the file tells: by a word, or by first folders that are all named so."""
+    splits: dict[str, str] = {}
+    for entry in entries:
+        if entry.split:
+            splits[entry.image] = join_splits(splits.get(entry.image, ""), entry.split)
+    if splits:
+        return splits
+    folders = {name: split_word(name.partition("/")[0]) for name in {entry.image: None for entry in entries}}
+    # a folder of trains, beside one of buses, is no split
+    return folders if len(set(folders.values())) > 1 and set(folders.values()) <= set(SPLITS) else {}
+
+
+def join_splits(known: str, word: str) -> str:
+    """What a file says of an image's split, twice: where it says two things, the one that is farther from training."""
+    found, order = split_word(word), list(SPLITS)
+    return found if known not in order or (found in order and order.index(found) > order.index(known)) else known
+
+
+def split_word(word: str) -> str:
+    """A word for a part -> the one of SPLITS; any other as it is, in small letters."""
+    word = word.strip().lower()
+    return next((part for part, words in SPLITS.items() if word in words), word)
 
 
 def check(entry: Entry) -> LineNote | None:
@@ -219,13 +231,18 @@ def check(entry: Entry) -> LineNote | None:
         return LineNote(entry.line, "no image name")
     if not entry.caption.strip():
         return LineNote(entry.line, f"empty caption of {entry.image}")
-    # judged by the rules of both systems: a caption file travels
-    paths = (PurePosixPath(name), PureWindowsPath(name))
-    if any(path.anchor or ".." in path.parts for path in paths):
+    if leaves_folder(name):
         return LineNote(entry.line, f"the image name {name} leaves the image folder")
     return None
 
 
+@lru_cache(NAMES)
+def leaves_folder(name: str) -> bool:
+    """Whether a name leads out of the image folder, by the rules of both systems: a caption file travels."""
+    return any(path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name)))
+
+
+@lru_cache(NAMES)
 def normal_name(name: str) -> str:
     r"""One spelling for one relative path: `.\a\b.jpg` and `a/b.jpg` are the same image."""
     name = name.strip().replace("\\", "/")
@@ -256,6 +273,34 @@ def select_split(rows: Iterable[CaptionedImage], split_file: str | Path) -> tupl
     return chosen
 
 
+def select_part(captions: CaptionSet, split: str | Path) -> CaptionSet:
+    """Only the images that a split file lists; or, where no file has that name, those of this part by the captions'
+    own file: train, dev or test.
+    """
+    part = split_word(str(split))
+    if part not in SPLITS or exists(Path(split)):
+        listed = set(read_split(split))
+        missing = tuple(name for name in captions.missing if name in listed)
+        return replace(captions, rows=select_split(captions.rows, split), missing=missing)
+    rows = tuple(row for row in captions.rows if row.split == part)
+    if not rows:
+        raise ClipmatchError(f"{captions.source} puts no image into a part {split}; give a file with one name a line.")
+    splits = splits_of(captions.entries)
+    missing = tuple(name for name in captions.missing if splits.get(name) == part)
+    return replace(captions, rows=rows, missing=missing)
+
+
+def shortest_names(paths: Sequence[Path]) -> list[str]:
+    """Names that tell the files apart in a list: those of the files, with as many folders before them as it takes."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    names: list[str] = []
+    for depth in range(1, longest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def spellings(path: Path) -> list[str]:
     """How a list may name an image: `b`, `b.jpg`, `a/b.jpg`, ..."""
     parts = path.as_posix().split("/")
@@ -269,7 +314,8 @@ def split_captions(
     dev_fraction: float = 0.1,
     seed: int = 0,
 ) -> Splits:
-    """Divide by image, never by row: by the given split files, else the official ones, else by hash.
+    """Divide by image, never by row: by the given split files, else as the captions' own file says, else by the
+    official split files beside it, else by hash.
 
     The hash of seed and image name decides for each image alone, so a row more or less never moves another image.
     Raises `ClipmatchError` if an image is in both parts or a part is empty.
@@ -279,8 +325,11 @@ def split_captions(
     if train is not None and dev is not None:
         splits = split_by_files(captions.rows, Path(train), Path(dev), f"split files {train} and {dev}")
         return replace(splits, missing=captions.missing)
+    if any(row.split in SPLITS for row in captions.rows):
+        return replace(split_by_own(captions.rows, dev_fraction, seed), missing=captions.missing)
+    folder = captions.source if captions.source.is_dir() else captions.source.parent
     for names in OFFICIAL_SPLITS:
-        files = (captions.source.parent / names[0], captions.source.parent / names[1])
+        files = (folder / names[0], folder / names[1])
         if exists(files[0]) and exists(files[1]):
             origin = f"official split files {names[0]} and {names[1]} beside {captions.source.name}"
             return replace(split_by_files(captions.rows, *files, origin), missing=captions.missing)
@@ -297,6 +346,25 @@ def split_by_files(rows: tuple[CaptionedImage, ...], train: Path, dev: Path, ori
             f"{train} and {dev} both list {min(both)} ({len(both)} images in all); take them out of one of the files."
         )
     return splits
+
+
+def split_by_own(rows: tuple[CaptionedImage, ...], dev_fraction: float, seed: int) -> Splits:
+    """Split as the caption file says; what it sets apart for tests, or calls by another name, is in neither part.
+
+    A file that has no dev part gives a fraction of its train part.
+    """
+    parts = {part: tuple(row for row in rows if row.split == part) for part in SPLITS}
+    others = len(rows) - len(parts["train"]) - len(parts["dev"])
+    aside = f"; {others} images of its other parts in neither" if others else ""
+    if not parts["train"]:
+        raise ClipmatchError(
+            f"The captions are of no train part ({len(parts['dev'])} images of dev, {len(parts['test'])} of test), so "
+            "there is nothing to learn from; give other captions, or split files."
+        )
+    if parts["dev"]:
+        return Splits(parts["train"], parts["dev"], f"the caption file's own splits{aside}")
+    splits = split_by_hash(parts["train"], dev_fraction, seed)
+    return replace(splits, origin=f"the caption file's own train part, {splits.origin}{aside}")
 
 
 def split_by_hash(rows: tuple[CaptionedImage, ...], dev_fraction: float, seed: int) -> Splits:

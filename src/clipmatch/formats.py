@@ -1,30 +1,45 @@
-"""The formats of caption files: each a reader that turns a file into entries (image name, caption).
+"""What a reader of captions is, and the readers of those formats that have a line (or a CSV record) for each caption.
 
 In: the path of a text file. Out: one `Entry` a caption, one `LineNote` a line that cannot be understood. Knows nothing
-of images, folders or splits, and judges no entry. A further format is one more function and one more `Reader`.
+of images or folders, and judges no entry. A further format is one more function and one more `Reader`; `readers` lists
+them all.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipmatch.errors import ClipmatchError
 
-IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "path")
-CAPTION_COLUMNS = ("caption", "text", "comment", "title", "sentence")
+IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "path", "image_path", "file_path")
+CAPTION_COLUMNS = ("caption", "text", "comment", "title", "sentence", "captions", "sentences", "raw", "description")
+NUMBERED = re.compile(r"(caption|text|comment|sentence|description)[ _-]?\d+")  # caption_0, caption_1, ...
+SPLIT_COLUMN = "split"
 MAX_RECORD_LINES = 20  # a quoted field that is still open after so many lines is a stray quote
 
 
 @dataclass(frozen=True)
 class LineNote:
-    """A line of a caption file (counted from 1) that was repaired or dropped, and why."""
+    """A line of a caption file (counted from 1) that was repaired or dropped, and why.
+
+    unit: what is counted, where that isn't lines: "record", "sample", ...
+    """
 
     line: int
     text: str
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """As "line 3"."""
+        return f"{self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
@@ -36,23 +51,34 @@ class Line:
     repair: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Entry:
-    """One caption as a reader found it: not yet checked against rules or disk."""
+    """One caption as a reader found it: not yet checked against rules or disk.
+
+    line: where, counted from 1 in the reader's unit. split: the part that the file itself puts the image in.
+    """
 
     line: int
     image: str
     caption: str
     repair: str = ""
+    split: str = ""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A caption format. `sniff` sees the path and the first few lines; `read` yields a `LineNote` for a lost line."""
+    """A caption format. `sniff` sees the path and the first few lines; `read` yields a `LineNote` for a lost line.
+
+    unit: what it counts. images: where the images are, if the source says so itself (None: beside it, to be guessed).
+    folders: whether a folder can be its source, and a pattern such as `{00..99}.tar`; the first lines are then [""].
+    """
 
     name: str
     sniff: Callable[[Path, list[str]], bool]
     read: Callable[[Path], Iterator[Entry | LineNote]]
+    unit: str = "line"
+    images: Callable[[Path], Path | None] = lambda path: None
+    folders: bool = False
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -118,30 +144,52 @@ def read_flickr8k_token(path: Path) -> Iterator[Entry | LineNote]:
 
 
 def read_flickr30k_csv(path: Path) -> Iterator[Entry | LineNote]:
-    """Kaggle's Flickr30k `results.csv`: `image_name| comment_number| comment`, quotes literal.
+    """Kaggle's Flickr30k: `results.csv` with `image_name| comment_number| comment`, or `captions.txt` with commas.
 
-    One row of the real file lacks its second bar (`2199200615.jpg| 4   A dog runs ...`); that is repaired.
+    Captions hold bare delimiters and quotes. One row of the real file lacks its second delimiter (`2199200615.jpg| 4
+    A dog runs ...`, in some copies with it at the end instead); that is repaired.
     """
-    for line in body(path, is_flickr30k_header):
-        name, _, rest = line.text.partition("|")
-        if whole := re.fullmatch(r"\s*\d+\s*\|(.*)", rest, re.DOTALL):
-            yield Entry(line.number, name, whole[1], line.repair)
-        elif broken := re.fullmatch(r"\s*\d+\s+(\S.*)", rest, re.DOTALL):
-            repair = both(line.repair, "put in the missing second bar")
-            yield Entry(line.number, name, broken[1], repair)
-        else:
-            yield LineNote(line.number, "not of the form image_name| comment_number| comment")
+    delimiter = "|"
+    for line in read_lines(path):
+        if header := flickr30k_delimiter(line.text):
+            delimiter = header
+            continue
+        name, _, rest = line.text.partition(delimiter)
+        bar = re.escape(delimiter)
+        if broken := re.fullmatch(rf"\s*\d+\s+([^\s{bar}].*?)\s*{bar}?\s*", rest, re.DOTALL):
+            yield Entry(
+                line.number, name, broken[1], both(line.repair, f"put in the missing second {NAMES[delimiter]}")
+            )
+        elif whole := re.fullmatch(rf"\s*\d+\s*{bar}(.*)", rest, re.DOTALL):
+            yield Entry(line.number, name, unquote(whole[1].strip()) if delimiter == "," else whole[1], line.repair)
+        elif line.text.strip():
+            yield LineNote(line.number, f"not of the form image_name{delimiter} comment_number{delimiter} comment")
 
 
-def is_flickr30k_header(text: str) -> bool:
-    """Whether a line is the header of `results.csv`."""
-    return [part.strip() for part in text.split("|")] == ["image_name", "comment_number", "comment"]
+NAMES = {"|": "bar", ",": "comma"}
+
+
+def flickr30k_delimiter(text: str) -> str | None:
+    """The delimiter of the header of `results.csv`; None if the line is another."""
+    columns = ["image_name", "comment_number", "comment"]
+    return next((mark for mark in NAMES if [part.strip() for part in text.split(mark)] == columns), None)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table has what: places of the image, the captions and the split (None: no such column)."""
+
+    image: int
+    captions: tuple[int, ...]
+    split: int | None
+    width: int
 
 
 def read_table(path: Path) -> Iterator[Entry | LineNote]:
-    """Any CSV or TSV with a header that names an image column and a caption column.
+    """Any CSV or TSV with a header that names an image column and one or more caption columns.
 
-    Surplus fields are commas that nobody quoted: they go back into the caption where that is the last column.
+    Surplus fields are commas that nobody quoted: they go back into the caption where that is the last column. A field
+    may hold a list of captions, as JSON or Python writes it.
     """
     lines = read_lines(path)
     start = next((at for at, line in enumerate(lines) if line.text.strip()), 0)
@@ -151,27 +199,65 @@ def read_table(path: Path) -> Iterator[Entry | LineNote]:
             f"{path} is not a table with an image and a caption column: its header needs one of "
             f"{', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}."
         )
-    delimiter, width, image, caption = table
+    delimiter, columns = table
+    width = columns.width
     for line, fields in csv_records(lines[start + 1 :], delimiter):
         repair = line.repair
-        if len(fields) > width and caption == width - 1:
+        if len(fields) > width and columns.captions == (width - 1,):
             fields = line.text.split(delimiter, width - 1)
             repair = both(repair, "took the rest of the line as the caption")
-        if len(fields) == width:
-            yield Entry(line.number, fields[image], fields[caption], repair)
-        else:
+        if len(fields) != width:
             yield LineNote(line.number, f"{len(fields)} fields where the header has {width}")
+            continue
+        split = fields[columns.split].strip() if columns.split is not None else ""
+        for caption in captions_of([listed(fields[at]) for at in columns.captions]) or [""]:
+            yield Entry(line.number, fields[columns.image], caption, repair, split)
 
 
-def table_columns(header: str) -> tuple[str, int, int, int] | None:
-    """Header line -> delimiter, number of columns, index of the image column, index of the caption column."""
+def table_columns(header: str) -> tuple[str, Columns] | None:
+    """Header line -> its delimiter, and where it has what."""
     for delimiter in "\t,;|":
-        names = [unquote(name.strip()).strip().lower() for name in header.split(delimiter)]
-        image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
-        caption = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
-        if image is not None and caption is not None:
-            return delimiter, len(names), image, caption
+        names = [unquote(name.strip()).strip() for name in header.split(delimiter)]
+        if columns := find_columns(names):
+            return delimiter, columns
     return None
+
+
+def find_columns(names: Sequence[str]) -> Columns | None:
+    """The columns of that name in any case, the usual names first; None without an image or a caption column."""
+    lower = [name.lower() for name in names]
+    image = next((lower.index(name) for name in IMAGE_COLUMNS if name in lower), None)
+    captions = tuple(lower.index(name) for name in CAPTION_COLUMNS if name in lower)[:1]
+    captions = captions or tuple(at for at, name in enumerate(lower) if NUMBERED.fullmatch(name))
+    if image is None or not captions:
+        return None
+    return Columns(image, captions, lower.index(SPLIT_COLUMN) if SPLIT_COLUMN in lower else None, len(names))
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions in a field: a string, or any nesting of lists of strings or of objects with a caption's key."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, dict):
+        found = (captions_of(value[key]) for key in ("raw", *CAPTION_COLUMNS) if key in value)
+        return next((captions for captions in found if captions), [])
+    if isinstance(value, list | tuple):
+        return [caption for inner in value for caption in captions_of(inner)]
+    return []
+
+
+def listed(field: str) -> Any:
+    """A field that holds a list, `["A dog .", "A wet dog ."]` in JSON or Python -> that list; else the field."""
+    if not field.lstrip().startswith("["):
+        return field
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(field.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            return value
+    return field
 
 
 def csv_records(lines: list[Line], delimiter: str) -> Iterator[tuple[Line, list[str]]]:
@@ -198,9 +284,9 @@ def csv_records(lines: list[Line], delimiter: str) -> Iterator[tuple[Line, list[
 
 
 # The first that recognises a file reads it: the special cases come before the general one.
-READERS = (
+LINE_READERS = (
     Reader("flickr8k-csv", lambda path, head: path.suffix != ".csv" and is_flickr8k_header(head[0]), read_flickr8k_csv),
     Reader("flickr8k-token", lambda path, head: TOKEN_LINE.fullmatch(head[0]) is not None, read_flickr8k_token),
-    Reader("flickr30k-csv", lambda path, head: is_flickr30k_header(head[0]), read_flickr30k_csv),
+    Reader("flickr30k-csv", lambda path, head: flickr30k_delimiter(head[0]) is not None, read_flickr30k_csv),
     Reader("table", lambda path, head: table_columns(head[0]) is not None, read_table),
 )

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import tokenizers
 from PIL import Image, ImageEnhance
 
+from clipmatch.archive import locate, open_file
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
@@ -97,7 +98,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     """An image file of which the header has been read. Whatever goes wrong with it inside, it is an `ImageError`."""
     try:
         check_file(path)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield open_image(path, file)
     except ImageError:
         raise
@@ -107,6 +108,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def check_file(path: Path) -> None:
     """Raise `ImageError` for what can be told without opening; opening a named pipe would wait for ever."""
+    if locate(path) is not None:  # in an archive there is nothing of the kind
+        return
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(path, "it is a folder")

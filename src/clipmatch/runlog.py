@@ -32,7 +32,8 @@ def note_quirks(captions: CaptionSet) -> None:
     """What was repaired, dropped or missing in a caption file, counted, with the first of each."""
     for what, notes in (("repaired", captions.repaired), ("dropped", captions.dropped)):
         if notes:
-            note(f"{captions.source}: {len(notes)} lines {what}, the first: line {notes[0].line} ({notes[0].text})")
+            first = notes[0]
+            note(f"{captions.source}: {len(notes)} {first.unit}s {what}, the first: {first.place} ({first.text})")
     if captions.missing:
         note(f"{captions.source}: {len(captions.missing)} images do not exist, the first: {captions.missing[0]}")
 

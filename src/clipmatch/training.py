@@ -21,7 +21,7 @@ from clipmatch.checkpoint import (
     load_checkpoint,
 )
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
-from clipmatch.data import Splits, load_captions, split_captions
+from clipmatch.data import Splits, load_captions, shortest_names, split_captions
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import IMAGE_GRAPH, WEIGHTS, find_folder, find_local
 from clipmatch.preprocess import Tokenizer
@@ -128,9 +128,11 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
     }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
     (run / "splits").mkdir(exist_ok=True)
-    for name, rows in (("train", splits.train), ("dev", splits.dev)):
-        names = "".join(f"{row.path.name}\n" for row in rows)
-        (run / "splits" / f"{name}.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
+    names = shortest_names([row.path for row in (*splits.train, *splits.dev)])
+    count = len(splits.train)
+    for part, chosen in (("train", names[:count]), ("dev", names[count:])):
+        lines = "".join(f"{name}\n" for name in chosen)
+        (run / "splits" / f"{part}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
 
 
 def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Pictures inside tar archives, read where they lie: `shards/00000.tar/000001.jpg` is a member of `shards/00000.tar`.
+
+In: paths. Out: open files, bytes, and what an archive holds. A path that leads into no archive is an ordinary file.
+Knows nothing of captions or models. Nothing is unpacked: a member is found by its offset, which is looked up in a table
+that each process makes once an archive from the headers alone. All functions may be called from threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from clipmatch.imageformats import SUFFIXES
+
+TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
+BLOCK = 512  # bytes, of a header
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive: its name there, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The regular files of an archive in order; problem: why there may be more than could be read."""
+
+    members: tuple[Member, ...]
+    problem: str | None
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """An ordinary file, or a member of an archive, open for reading. Raises OSError."""
+    return path.open("rb") if locate(path) is None else io.BytesIO(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
+    inside = locate(path)
+    if inside is None:
+        return path.read_bytes()
+    archive, name = inside
+    place = table(archive).get(name)
+    if place is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return read_at(archive, *place)
+
+
+def read_at(archive: Path, offset: int, size: int) -> bytes:
+    """Bytes of a file from an offset on. Raises OSError if it ends before."""
+    with archive.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise OSError(errno.EIO, "the archive ends inside it", str(archive))
+    return data
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is an ordinary file or a picture in an archive. Raises OSError or ValueError on odd names."""
+    inside = locate(path)
+    return path.is_file() if inside is None else inside[0].is_file() and inside[1] in table(inside[0])
+
+
+def locate(path: Path) -> tuple[Path, str] | None:
+    """A path that leads into an archive -> the archive and the member's name; None for every other."""
+    if ".tar" not in str(path).lower():  # asked of every picture
+        return None
+    for parent in path.parents:
+        if parent.suffix.lower() == ".tar" and not parent.is_dir():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def table(archive: Path) -> dict[str, tuple[int, int]]:
+    """The pictures of an archive: name -> offset and size. Read again when the archive has changed."""
+    status = archive.stat()
+    return _table(str(archive), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=TABLES)
+def _table(archive: str, modified: int, size: int) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for member in _contents(archive, modified, size).members:
+        if os.path.splitext(member.name)[1].lower() in SUFFIXES:  # noqa: PTH122 - of each of perhaps a million
+            found.setdefault(member.name, (member.offset, member.size))  # of two of one name the first
+    return found
+
+
+def contents(archive: Path) -> Contents:
+    """What an archive holds, by its headers. Raises OSError if it can't be opened."""
+    status = archive.stat()
+    return _contents(str(archive), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)  # the table is made right after the captions were read
+def _contents(archive: str, modified: int, size: int) -> Contents:
+    members, end, problem = [], 0, None
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + info.size
+                if info.isreg() and not info.issparse() and end <= size:
+                    members.append(Member(str(PurePosixPath(info.name)), info.offset_data, info.size))
+            end = tar.offset
+    except (tarfile.TarError, ValueError, EOFError) as error:  # of damaged headers
+        problem = f"damaged or cut off after {len(members)} files ({error})"
+    if problem is None and not ends_well(archive, end):
+        problem = f"damaged or cut off after {len(members)} files (no end mark)"
+    return Contents(tuple(members), problem)
+
+
+def ends_well(archive: str, end: int) -> bool:
+    """Whether a block of zeros follows: after a damaged header `tarfile` stops as if it were the end."""
+    with Path(archive).open("rb") as file:
+        file.seek(end)
+        return file.read(BLOCK) == bytes(BLOCK)
