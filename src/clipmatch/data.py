@@ -61,6 +61,7 @@ class CaptionSet:
     repaired: tuple[LineNote, ...]
     dropped: tuple[LineNote, ...]
     missing: tuple[str, ...]  # names of images that are not on disk
+    entries: tuple[Entry, ...] = ()  # every caption with its line, in file order, those of missing images too
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
     source = find_caption_file(Path(path).expanduser())
     with readable(source):
         reader = pick_reader(source, format)
-        captions, repaired, dropped = gather(reader.read(source))
+        entries, repaired, dropped = gather(reader.read(source))
+    captions = by_image(entries)
     if not captions:
         first = f"; the first was line {dropped[0].line}: {dropped[0].text}" if dropped else ""
         raise ClipmatchError(
@@ -104,7 +106,7 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
         )
     absent = set(missing)
     rows = (CaptionedImage(folder / name, tuple(texts)) for name, texts in captions.items() if name not in absent)
-    return CaptionSet(tuple(rows), reader.name, source, repaired, dropped, missing)
+    return CaptionSet(tuple(rows), reader.name, source, repaired, dropped, missing, entries)
 
 
 def find_caption_file(path: Path) -> Path:
@@ -195,9 +197,9 @@ def pick_reader(source: Path, format: str | None) -> Reader:
 
 def gather(
     entries: Iterable[Entry | LineNote],
-) -> tuple[dict[str, list[str]], tuple[LineNote, ...], tuple[LineNote, ...]]:
-    """Entries -> captions by image name, notes on repaired lines, notes on dropped lines."""
-    captions: dict[str, list[str]] = {}
+) -> tuple[tuple[Entry, ...], tuple[LineNote, ...], tuple[LineNote, ...]]:
+    """What a reader found -> entries that can be used, notes on repaired lines, notes on dropped lines."""
+    kept: list[Entry] = []
     repaired: list[LineNote] = []
     dropped: list[LineNote] = []
     for entry in entries:
@@ -206,10 +208,18 @@ def gather(
             dropped.append(problem)
             continue
         assert isinstance(entry, Entry)
-        captions.setdefault(normal_name(entry.image), []).append(entry.caption.strip())
+        kept.append(replace(entry, image=normal_name(entry.image), caption=entry.caption.strip()))
         if entry.repair:
             repaired.append(LineNote(entry.line, entry.repair))
-    return captions, tuple(repaired), tuple(dropped)
+    return tuple(kept), tuple(repaired), tuple(dropped)
+
+
+def by_image(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    """Captions by image name, both in file order."""
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry.image, []).append(entry.caption)
+    return captions
 
 
 def check(entry: Entry) -> LineNote | None:
