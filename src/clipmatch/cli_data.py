@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clipmatch.download import SETS, download
 from clipmatch.errors import ClipmatchError
 from clipmatch.formats import READERS
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 FORMATS = [reader.name for reader in READERS]
-SETS = ("flickr8k", "flickr30k")
 
 
 def data_options(command: Command) -> Command:
@@ -126,7 +126,7 @@ def show_command(path: str, images: str | None, format: str | None, count: int, 
 
 
 @data_group.command("download")
-@click.argument("name", type=click.Choice(SETS))
+@click.argument("name", type=click.Choice(list(SETS)))
 @click.option("--out", metavar="DIR", help="An empty folder for it; kagglehub's own place if not given.")
 def download_command(name: str, out: str | None) -> None:
     """Download a set of captioned photographs from Kaggle.
@@ -134,7 +134,6 @@ def download_command(name: str, out: str | None) -> None:
     Prints where its captions and images are, and how to train on them. Flickr8k and Flickr30k are for research use.
     """
     from clipmatch.datacheck import image_folder
-    from clipmatch.download import download
 
     found = download(name, out)
     folder = image_folder(found)

@@ -23,6 +23,7 @@ from clipmatch.captionrules import (
     find_odd,
     find_repeated,
     find_shared,
+    why_odd,
 )
 from clipmatch.data import CaptionSet, by_image, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
@@ -243,9 +244,9 @@ def find_mislabelled(
     embedded = model.embed_images(list(paths.values()), progress)
     names = {path: name for name, path in paths.items()}
     numbers = {names[path]: number for number, path in enumerate(embedded.paths)}
-    entries = [entry for entry in data.entries if entry.image in numbers]
+    entries = [entry for entry in data.entries if entry.image in numbers and not why_odd(entry.caption)]
     texts = model.embed_texts([entry.caption for entry in entries], progress)
-    owners = np.array([numbers[entry.image] for entry in entries])
+    owners = np.array([numbers[entry.image] for entry in entries], np.int64)
     found = []
     for misfit in find_misfits(embedded.rows, texts, owners):
         entry = entries[misfit.place]

@@ -27,6 +27,7 @@ Rows: TypeAlias = NDArray[np.float32]
 
 FEWEST = 50  # pictures; among fewer, what is usual can't be told
 FAR = 3.5  # robust standard deviations below the median: one pair in 4,000 if they were normal
+TINY = 1e-8  # a variance of cosines that only rounding makes
 RANDOM = 90  # per cent of random pairs that lie below the bound at most
 
 
@@ -45,7 +46,7 @@ class Misfit:
 
 def find_misfits(images: Rows, texts: Rows, owners: Integers, seed: int = 0) -> list[Misfit]:
     """The captions that seem to belong to another picture, worst first; none if there are too few to tell."""
-    if len(images) < FEWEST:
+    if min(len(images), len(texts)) < FEWEST:
         return []
     captions = np.split(np.argsort(owners, kind="stable"), np.cumsum(np.bincount(owners, minlength=len(images)))[:-1])
     others = (owners + np.random.default_rng(seed).integers(1, len(images), len(owners))) % len(images)
@@ -95,9 +96,10 @@ def agreements(texts: Rows, captions: list[Integers], owners: Integers) -> Float
 
 def background(rows: Rows, others: Rows) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each row's cosines with all others, [m] each, without computing the cosines."""
-    centre = others.mean(axis=0, dtype=np.float64)
-    shape = np.cov(others.T.astype(np.float64), bias=True)  # [d, d]
-    return rows @ centre, np.sqrt(np.maximum(np.einsum("ij,ij->i", rows @ shape, rows), 1e-12))
+    centre = others.mean(axis=0)
+    shape = others.T @ others / len(others) - np.outer(centre, centre)  # covariance [d, d]
+    variance = np.einsum("ij,ij->i", rows @ shape, rows).astype(np.float64)
+    return (rows @ centre).astype(np.float64), np.sqrt(np.maximum(variance, TINY))
 
 
 def misfit(place: int, images: Rows, texts: Rows, owners: Integers, picture: bool) -> Misfit:
