@@ -178,7 +178,7 @@ def test_an_image_in_both_split_files_is_said_and_the_check_goes_on(copy, tmp_pa
     result = run("data", "check", copy, "--train-split", tmp_path / "train.txt", "--dev-split", dev)
     assert "splits: none. " in result.stdout
     assert "both list dev-00000.jpg (1 images in all)" in result.stdout
-    assert result.stdout.endswith("found: no splits 1\n")
+    assert result.stdout.endswith("found: unusable splits 1\n")
 
 
 def test_without_the_library_one_sentence_says_so(broken, monkeypatch):
@@ -358,7 +358,25 @@ def test_mislabelled_captions_are_listed_with_their_lines(copy):
         (11, one[0], other[2]),
         (100, other[0], one[2]),
     ]
-    assert "mislabelled, perhaps: 2 captions, worst first\n" in report_text(report)
+    text = report_text(report)
+    assert "mislabelled, perhaps: 2 captions, 0 images\n" in text
+    assert f"    line 11: {one[0]}: " in text
+    assert "images that none of their captions fits" not in text
+
+
+def test_an_image_with_another_ones_captions_is_listed_as_a_whole(copy):
+    model = Oracle(copy)
+    file = copy / "captions.txt"
+    text = file.read_text()
+    for one, other in (("08.jpg", "x.jpg"), ("10.jpg", "08.jpg"), ("x.jpg", "10.jpg")):
+        text = text.replace(f"train-000{one}", f"train-000{other}")
+    file.write_text(text)
+    report = check_data(copy, model=model, progress=False)
+    assert {found.image for found in report.mislabelled} == {"train-00008.jpg", "train-00010.jpg"}
+    assert all(found.picture for found in report.mislabelled)
+    text = report_text(report)
+    assert "mislabelled, perhaps: 0 captions, 2 images\n" in text
+    assert f"    train-00010.jpg (lines {', '.join(map(str, five(8)))})\n" in text
 
 
 def test_the_model_is_named_on_the_command_line(scenes):

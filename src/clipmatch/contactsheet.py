@@ -25,7 +25,7 @@ def write_contact_sheet(data: CaptionSet, path: Path, count: int = 24, seed: int
     chosen = set(random.Random(seed).sample(sorted(captions), min(count, len(captions))))
     cards = [card(folder / name, name, texts) for name, texts in captions.items() if name in chosen]
     lead = f"{len(cards)} of {len(captions):,} images, drawn with seed {seed}."
-    page = render_page("gallery.html.j2", title=printable(data.source.name), lead=lead, first=1, cards=cards)
+    page = render_page("sheet.html.j2", title=printable(data.source.name), lead=lead, first=1, cards=cards)
     return write_page(path, page)
 
 

@@ -6,6 +6,7 @@ Knows nothing of files.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -83,13 +84,25 @@ def mislabelled(report: DataReport) -> Iterator[str]:
     if report.mislabelled is None:
         yield f"{report.mislabelled_note}"
         return
-    yield f"mislabelled, perhaps: {plural(len(report.mislabelled), 'caption')}, worst first"
-    yield from listed("", [suspicion(one) for one in report.mislabelled])
+    single = [one for one in report.mislabelled if not one.picture]
+    whole: dict[str, list[int]] = defaultdict(list)
+    for one in report.mislabelled:
+        if one.picture:
+            whole[one.image].append(one.line)
+    yield f"mislabelled, perhaps: {plural(len(single), 'caption')}, {plural(len(whole), 'image')}"
+    yield from listed("captions that fit other pictures better, worst first", [suspicion(one) for one in single])
+    pictures = [f"{printable(image)} ({lines(sorted(numbers))})" for image, numbers in whole.items()]
+    yield from listed("images that none of their captions fits", pictures)
 
 
 def verdict(report: DataReport) -> Iterator[str]:
     """All in one line."""
-    names = {"across_splits": "copies across splits", "exact": "copies", "near": "near copies", "splits": "no splits"}
+    names = {
+        "across_splits": "copies across splits",
+        "exact": "copies",
+        "near": "near copies",
+        "splits": "unusable splits",
+    }
     found = [f"{names.get(kind, kind)} {count:,}" for kind, count in report.counts.items() if count]
     yield f"found: {', '.join(found)}" if found else "found: nothing wrong"
 
@@ -119,8 +132,8 @@ def copies(groups: Sequence[Copies]) -> list[str]:
 
 def suspicion(one: Mislabelled) -> str:
     """A caption that seems to belong to another picture, in a line."""
-    whose = "no caption of this picture fits" if one.picture else f"{100 * one.better:.0f} % of the pictures fit better"
-    return f"line {one.line}: {printable(one.image)}: {quoted(one.caption)} ({whose})"
+    better = f"{100 * one.better:.0f} % of the images fit it better"
+    return f"line {one.line}: {printable(one.image)}: {quoted(one.caption)} ({better})"
 
 
 def bad_image(image: BadImage) -> str:

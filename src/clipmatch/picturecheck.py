@@ -64,9 +64,12 @@ def find_hash() -> PictureHash | None:
 def look_at(paths: Sequence[Path], picture_hash: PictureHash | None, progress: bool = True) -> list[Look]:
     """Open every file for real, in threads; one that can't be read is no exception but a reason."""
     silent = not progress or len(paths) < SHOWN
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
         looks = pool.map(lambda path: look(path, picture_hash), paths)
         return list(tqdm(looks, total=len(paths), desc="images", unit="img", disable=silent))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all that is queued
 
 
 def look(path: Path, picture_hash: PictureHash | None) -> Look:
