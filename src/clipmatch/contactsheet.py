@@ -35,7 +35,7 @@ def card(path: Path, name: str, captions: list[str]) -> dict[str, Any]:
         "name": printable(name),
         "href": path.absolute().as_uri(),
         "score": f"{len(captions)} caption{'s' * (len(captions) != 1)}",
-        "caption": "\n".join(captions),
+        "caption": "\n".join(f"• {caption}" for caption in captions),
         "taken": None,
         "camera": None,
         "duplicates": [],
