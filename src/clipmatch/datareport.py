@@ -70,7 +70,7 @@ def splits(report: DataReport) -> Iterator[str]:
 
 def duplicates(report: DataReport) -> Iterator[str]:
     """Images that are there more than once; those that are in train and dev first."""
-    near = "not looked for" if report.near is None else f"{len(report.near):,} near"
+    near = "near ones not looked for" if report.near is None else f"{len(report.near):,} near"
     across = report.counts["across_splits"]
     yield f"copies: {plural(len(report.exact), 'group')} byte for byte, {near}; {across:,} across train and dev"
     yield from listed("byte for byte", copies(report.exact))
