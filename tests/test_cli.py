@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -16,7 +17,7 @@ from clipmatch.cli import main
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 
-COMMANDS = ("index", "find", "duplicates", "demo", "train", "evaluate", "export", "models")
+COMMANDS = ("index", "find", "duplicates", "data", "demo", "train", "evaluate", "export", "models")
 SLOW = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "jinja2", "numpy.testing")
 
 
@@ -56,14 +57,17 @@ def test_help_lists_the_commands_in_words():
 
 def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
-    assert len(lines) == 10
-    for _, command, *words in lines:
-        known = {option for parameter in main.commands[command].params for option in parameter.opts}
+    assert len(lines) == 11
+    for _, name, *words in lines:
+        command = main.commands[name]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_every_option_explains_itself():
-    for name, command in main.commands.items():
+    for name, command in {**main.commands, **main.commands["data"].commands}.items():
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.help, f"{name} {parameter.opts}"

@@ -20,17 +20,16 @@ import click
 from click.core import ParameterSource
 
 from clipmatch import __version__
+from clipmatch.cli_data import data_group, data_options
 from clipmatch.cli_photos import duplicates_command, find_command, index_command, model_option
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.output import report_failures
-from clipmatch.readers import READERS
 
 if TYPE_CHECKING:
     from clipmatch.embedder import BatchedEmbedder
     from clipmatch.evaluation import Evaluation
 
-FORMATS = [reader.name for reader in READERS]
 CAPTIONS_HELP = "Caption file, the folder that holds it, or shards as in 'data/{00..99}.tar'."
 Command = Callable[..., Any]
 
@@ -79,7 +78,8 @@ def main() -> None:
         clipmatch demo
     See a model learn from nothing, in three minutes:
         clipmatch demo --train
-    Train on your own captioned photographs, measure on those held out, search:
+    Check your own captioned photographs, train on them, measure on those held out, search:
+        clipmatch data check captions.txt --images Images
         clipmatch train --captions captions.txt --images Images --out out/mine
         clipmatch evaluate --model out/mine --captions captions.txt --images Images --split out/mine/splits/dev.txt
         clipmatch find "two dogs in the snow" --model out/mine --images ~/Pictures
@@ -95,18 +95,7 @@ def main() -> None:
 main.add_command(index_command)
 main.add_command(find_command)
 main.add_command(duplicates_command)
-
-
-def data_options(command: Command) -> Command:
-    """Options that say which captioned pictures."""
-    for option in (
-        click.option("--format", type=click.Choice(FORMATS), help="Kind of caption file; recognised if not given."),
-        click.option(
-            "--images", metavar="DIR", help="Folder of the pictures; searched beside the captions if not given."
-        ),
-    ):
-        command = option(command)
-    return command
+main.add_command(data_group)
 
 
 def device_options(command: Command) -> Command:

@@ -214,27 +214,33 @@ def write_gallery(matches: Matches, path: Path, first: int = 1) -> Path:
 
 def gallery_card(match: Match) -> dict[str, Any]:
     """What the page shows of a match. A photograph that can't be read keeps its place, with the reason."""
-    from clipmatch.preprocess import ImageError
-    from clipmatch.report import data_uri, score_text
+    from clipmatch.report import score_text
 
     metadata = match.photo.metadata if match.photo else None
     name = printable(match.path.name)
-    card = {
+    caption = metadata and metadata.caption
+    return {
         "name": name,
         "href": match.path.absolute().as_uri(),
         "score": score_text(match),
-        "caption": metadata and metadata.caption,
+        "caption": caption,
         "taken": metadata and metadata.taken,
         "camera": metadata and metadata.camera,
         "duplicates": [(printable(path), path.absolute().as_uri()) for path in match.duplicates],
-        "picture": None,
+        **picture_card(match.path, alt=caption or name),
     }
+
+
+def picture_card(path: Path, alt: str) -> dict[str, Any]:
+    """The picture of a card, which lies inside the page, or the reason why it can't be read."""
+    from clipmatch.preprocess import ImageError
+    from clipmatch.report import data_uri
+
     try:
-        image = thumbnail(match.path, THUMBNAIL)
+        image = thumbnail(path, THUMBNAIL)
     except ImageError as error:
-        return {**card, "reason": error.reason}
-    picture = {"uri": data_uri(image), "width": image.width, "height": image.height}
-    return {**card, "picture": picture, "alt": card["caption"] or name}
+        return {"picture": None, "reason": error.reason}
+    return {"picture": {"uri": data_uri(image), "width": image.width, "height": image.height}, "alt": alt}
 
 
 # Copies and links ---------------------------------------------------------------------------------------------------

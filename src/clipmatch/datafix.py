@@ -1,0 +1,115 @@
+"""A clean copy of a caption file.
+
+In: a caption file that was read, what was found in it, a path. Out: a CSV file that `formats` reads back, beside it
+split files if the data set has some, and what was left out. Never touches the caption file, its images or anything that
+is there already.
+
+Suspicions (near copies, mislabelled captions) are not acted on: they need a person's eye.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipmatch.data import CaptionSet
+from clipmatch.datacheck import DataReport, read_parts
+from clipmatch.errors import ClipmatchError
+from clipmatch.formats import Entry
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What was written, how to train on it, and what was left out, each kind in words with its number."""
+
+    file: Path
+    splits: tuple[Path, ...]
+    kept: int
+    left_out: dict[str, int]
+    command: str
+
+
+def check_free(out: Path) -> None:
+    """Raise ClipmatchError if a clean copy can't go there; asked before the work."""
+    if out.suffix.lower() != ".csv":
+        raise ClipmatchError(f"The clean captions are a CSV file: name it .csv (got {out}).")
+    for path in (out, *split_names(out)):
+        if path.exists() or path.is_symlink():
+            raise ClipmatchError(f"{path} is there already and is not overwritten; name another file.")
+
+
+def split_names(out: Path) -> tuple[Path, Path]:
+    """The split files of a caption file: captions.csv, captions.train.txt, captions.dev.txt."""
+    return out.with_suffix(".train.txt"), out.with_suffix(".dev.txt")
+
+
+def write_clean(
+    data: CaptionSet, report: DataReport, out: Path, train: str | Path | None = None, dev: str | Path | None = None
+) -> Fixed:
+    """Write the captions that are worth training on. Raises ClipmatchError if a file is in the way."""
+    check_free(out)
+    kept, left_out = sort_out(data, report)
+    if not kept:
+        raise ClipmatchError(f"Nothing of {data.source} is worth keeping; {out} was not written.")
+    names = {entry.image for entry in kept}
+    parts, splits = read_parts(data, train, dev)
+    write_new(out, as_csv(kept))
+    files: tuple[Path, ...] = ()
+    command = f"clipmatch train --captions {shlex.quote(str(out))} --images {shlex.quote(report.folder)}"
+    if parts and not splits.origin.startswith("split by hash"):  # a hash divides the clean copy in the same way
+        files = split_names(out)
+        for part, file in zip(("train", "dev"), files, strict=True):
+            listed = (name for name, own in parts.items() if own == part and name in names)
+            write_new(file, "".join(f"{name}\n" for name in listed))
+        command += f" --train-split {shlex.quote(str(files[0]))} --dev-split {shlex.quote(str(files[1]))}"
+    return Fixed(out, files, len(kept), left_out, f"{command} --out out/clean")
+
+
+def sort_out(data: CaptionSet, report: DataReport) -> tuple[list[Entry], dict[str, int]]:
+    """The captions to keep, and how many are left out for which reason; a caption counts once."""
+    copied = {
+        name
+        for copies in report.exact
+        if copies.across
+        for name, part in zip(copies.images, copies.splits, strict=True)
+        if part != "dev"  # what is held out stays, and is learnt no more
+    }
+    reasons = (
+        ("captions of missing images", {image.image for image in report.missing}),
+        ("captions of unreadable images", {image.image for image in report.unreadable}),
+        ("captions of images that dev has too", copied),
+    )
+    odd = {(caption.line, caption.image, caption.caption) for caption in report.odd}
+    left_out = {"lines that were dropped": len(report.dropped)} | {name: 0 for name, _ in reasons} | {"odd captions": 0}
+    kept = []
+    for entry in data.entries:
+        reason = next((name for name, images in reasons if entry.image in images), None)
+        if reason is None and (entry.line, entry.image, entry.caption) in odd:
+            reason = "odd captions"
+        if reason is None:
+            kept.append(entry)
+        else:
+            left_out[reason] += 1
+    return kept, left_out
+
+
+def as_csv(entries: list[Entry]) -> str:
+    """Captions as CSV, one a line: a line break in a caption becomes a space."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "caption"])
+    writer.writerows([entry.image, " ".join(entry.caption.split())] for entry in entries)
+    return text.getvalue()
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise ClipmatchError(f"{path} can't be written ({error.strerror}); choose another place.") from error
