@@ -25,6 +25,7 @@ from clipmatch.adapters import adapter_state, restore_adapters
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
+from clipmatch.diagnosis import check_captions, check_epoch, check_features, check_rows
 from clipmatch.embedder import Failure, missing_files
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import measure
@@ -99,12 +100,14 @@ class Trainer:
             self.pairs, missing = sources.pairs(splits.train)
             self.dev, missing_dev = sources.dev_set(splits.dev)
         self.failures += missing + missing_dev
-        if not checkpoint.fingerprint:  # fresh heads
-            for source, encoder in (
-                (self.pairs.images, self.model.image_encoder),
-                (self.pairs.texts, self.model.text_encoder),
-            ):
-                if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
+        self.findings = list(check_captions(splits.train))  # that are not said yet
+        for kind, source, encoder in (
+            ("image", self.pairs.images, self.model.image_encoder),
+            ("text", self.pairs.texts, self.model.text_encoder),
+        ):
+            if isinstance(source, CachedImages | CachedTexts) and source.table.rows.ndim == 2:
+                self.findings += check_features(kind, source.sample())
+                if not checkpoint.fingerprint:  # fresh heads
                     assert isinstance(encoder.standardise, Standardise)
                     standardise_input(encoder.standardise, source.sample())
         self.teachers: Teachers | None = None
@@ -184,6 +187,7 @@ class Trainer:
                 if self.began_from:  # what is to be beaten
                     self.look_at_dev()
                     self.save_last()
+            self.warn(log)
             batches = None
             while self.step < total and not self.ranks.any(stop()) and not self.exhausted:
                 if batches is None or (self.settings.hard_negatives and self.step % self.steps_per_epoch == 0):
@@ -281,6 +285,19 @@ class Trainer:
         if last or epoch % self.settings.evaluate_every == 0:
             row["dev"] = self.look_at_dev()
         log.epoch(row)
+        most = self.model.config.max_logit_scale
+        self.findings += check_epoch(self.history, self.settings, self.batch_size, most)
+        self.warn(log)
+
+    def warn(self, log: RunLog) -> None:
+        """Say what is likely wrong, each kind of it once in a run."""
+        said = {row["name"] for row in self.history if row["kind"] == "warning"}
+        for finding in self.findings:
+            if finding.name not in said:
+                said.add(finding.name)
+                note(f"Warning: {finding.text}.")
+                log.write({"kind": "warning", "step": self.step, "name": finding.name, "text": finding.text})
+        self.findings = []
 
     def look_at_dev(self) -> dict[str, Any]:
         """Recall on dev; a better one than ever is saved as best/."""
@@ -299,6 +316,7 @@ class Trainer:
         with self.measuring():
             rows = self.dev.embed(self.model, self.device)
         self.failures += self.dev.failures
+        self.findings += check_rows(*rows[:2], self.step, self.steps_per_epoch * self.settings.epochs)
         return measure(*rows, bootstrap=False)
 
     def save_is_due(self) -> bool:
