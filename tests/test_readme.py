@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,18 @@ def test_commands_and_python_in_order(place):
     for code in blocks("python"):
         done = run([sys.executable, "-c", code], place)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_recipes_of_training(place):
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = [line for block in blocks("sh", page) for line in block.strip().splitlines()]
+    assert len(commands) >= 10
+    for command in commands:
+        assert command.startswith(("clipmatch ", "torchrun "))
+        done = run(shlex.split(command), place)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert not (place / "out" / "plan").exists()
+    assert (place / "out" / "two" / "best" / "model.safetensors").is_file()
 
 
 def test_the_verbs_of_make_exist():

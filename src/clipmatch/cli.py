@@ -222,6 +222,7 @@ def train_options(command: Command) -> Command:
     help="Held out if there are no split files.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder of the run: best/, last/, log.jsonl, tensorboard/.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would do and take, from a few measured steps.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
 @click.option("--model", metavar="DIR", help="Go on from this model folder instead of new heads on two towers.")
 @click.option(
@@ -272,6 +273,12 @@ def train(context: click.Context, /, **options: Any) -> None:
     else:
         if not options["captions"]:
             raise ClipmatchError("Which captions? Give --captions FILE (and --images DIR), or --resume.")
+        if options["dry_run"]:
+            from clipmatch.plan import plan_run
+
+            wanted = pick(DataConfig, options), pick(TrainConfig, options), starting_model(options, given)
+            click.echo(str(plan_run(*wanted)))
+            return
         result = training.train(pick(DataConfig, options), pick(TrainConfig, options), starting_model(options, given))
     if not is_first_process():
         return

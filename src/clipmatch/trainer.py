@@ -129,11 +129,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, settings, self.objective.logit_bias)
         if len(splits.train) < settings.batch_size:
             note(f"batch size: {len(splits.train)}, for there are no more pictures")
-        self.batch_size = min(settings.batch_size, len(splits.train))
+        self.batch_size, self.batches, self.steps_per_epoch = shape_of_epoch(len(splits.train), settings)
         if ranks.count > 1:
             note(batch_line(self.batch_size, ranks.count))
-        self.batches = max(1, len(splits.train) // self.batch_size)  # an epoch
-        self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
         self.neighbours: torch.Tensor | None = None  # int32 [n, k], if hard negatives are mined
         self.step = 0
         self.saved, self.save_seconds = time.perf_counter(), 0.0
@@ -410,6 +408,13 @@ class Trainer:
 
 
 # Parts that are functions of their arguments
+
+
+def shape_of_epoch(pictures: int, settings: TrainConfig) -> tuple[int, int, int]:
+    """How many pairs a batch has, and batches and steps an epoch."""
+    size = min(settings.batch_size, pictures)
+    batches = max(1, pictures // size)
+    return size, batches, math.ceil(batches / settings.accumulate)
 
 
 def seed_of_draws(seed: int, fingerprint: str) -> int:
