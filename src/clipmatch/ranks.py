@@ -6,6 +6,7 @@ everywhere. A process alone gets back what it gave. Knows nothing of models, dat
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,7 @@ class Ranks:
             self._state = PartialState(cpu=device == "cpu")
             self.count, self.number = self._state.num_processes, self._state.process_index
             self.device = str(self._state.device)
+            atexit.register(leave)  # threads of the group that outlive Python would abort the process
 
     @property
     def is_first(self) -> bool:
@@ -121,6 +123,12 @@ class Ranks:
         flat /= self.count
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def leave() -> None:
+    """End the process group, if it is still there."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_first_process() -> bool:
