@@ -264,7 +264,7 @@ def train(context: click.Context, /, **options: Any) -> None:
     laptop. --tune-text all and --tune-image N fine-tune the towers too. Ctrl-C stops cleanly; --resume goes on.
     """
     from clipmatch import training
-    from clipmatch.ranks import is_first_process
+    from clipmatch.runtime import is_first_process
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if options["resume"]:

@@ -129,8 +129,3 @@ def leave() -> None:
     """End the process group, if it is still there."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def is_first_process() -> bool:
-    """Whether this process is alone, or the first of several: before there are `Ranks`."""
-    return os.environ.get("RANK", "0") == "0"

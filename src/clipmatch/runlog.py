@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clipmatch.data import CaptionSet
-from clipmatch.ranks import is_first_process
+from clipmatch.runtime import is_first_process
 
 LOG = "log.jsonl"
 

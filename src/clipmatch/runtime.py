@@ -121,3 +121,8 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def is_first_process() -> bool:
+    """Whether this process is alone, or the first of several: as several processes that train together are started."""
+    return os.environ.get("RANK", "0") == "0"
