@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from captionfiles import karpathy, webdataset
 from click.testing import CliRunner
 from PIL import Image
 
@@ -144,7 +145,7 @@ def test_the_keys_of_the_json_are_stable(scenes):
     values = json.loads(json.dumps(check_data(scenes, progress=False).to_json()))
     assert values["schema"] == 1
     assert list(values) == [
-        "schema", "counts", "source", "format", "folder", "rows", "repaired", "dropped", "images", "missing",
+        "schema", "counts", "source", "format", "unit", "folder", "rows", "repaired", "dropped", "images", "missing",
         "unreadable", "per_image", "odd", "repeated", "shared", "splits", "exact", "near", "near_note", "mislabelled",
         "mislabelled_note",
     ]  # fmt: skip
@@ -590,3 +591,20 @@ def test_each_failure_of_a_download_is_one_sentence(monkeypatch, tmp_path):
 def test_without_kagglehub_a_sentence_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert 'pip install "clipmatch[data]"' in run("data", "download", "flickr8k", code=1).stderr
+
+
+# Captions of other kinds
+
+
+def test_records_are_not_called_lines(tmp_path):
+    report = check_data(karpathy(tmp_path), progress=False)
+    assert report.unit == "record"
+    assert "line" not in report_text(report).replace("mislabelled", "")
+
+
+def test_an_archive_is_checked_without_unpacking(tmp_path):
+    report = check_data(webdataset(tmp_path), progress=False)
+    assert report.format == "webdataset"
+    assert report.images > 0
+    assert report.unreadable == []
+    assert "found: " in report_text(report)

@@ -94,10 +94,13 @@ class Mislabelled:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that was found. near and mislabelled are None where they were not looked for; a note says why."""
+    """All that was found. near and mislabelled are None where they were not looked for; a note says why. unit: what the
+    numbers of "line" and "lines" count: lines, or records of a file without lines.
+    """
 
     source: str
     format: str
+    unit: str
     folder: str
     rows: int
     repaired: list[LineNote]
@@ -159,6 +162,7 @@ def check_data(
     return DataReport(
         source=str(data.source),
         format=data.format,
+        unit=data.unit,
         folder=str(image_folder(data)),
         rows=len(data.entries) + len(data.dropped),
         repaired=list(data.repaired),

@@ -37,8 +37,8 @@ def images(report: DataReport) -> Iterator[str]:
     """The files, and how many captions they have."""
     missing, unreadable = len(report.missing), len(report.unreadable)
     yield f"images: {report.images:,} named, {missing:,} missing, {unreadable:,} unreadable"
-    yield from listed("missing", [bad_image(image) for image in report.missing])
-    yield from listed("unreadable", [bad_image(image) for image in report.unreadable])
+    yield from listed("missing", [bad_image(image, report.unit) for image in report.missing])
+    yield from listed("unreadable", [bad_image(image, report.unit) for image in report.unreadable])
     spread = report.per_image
     yield f"captions per image: {spread.min} at least, {spread.median:g} in the median, {spread.max} at most"
     by_count = [f"{plural(count, 'image')} with {number}" for number, count in spread.counts.items()]
@@ -51,11 +51,16 @@ def captions(report: DataReport) -> Iterator[str]:
         f"captions: {len(report.odd):,} odd, {len(report.repeated):,} repeated with one image, "
         f"{len(report.shared):,} shared by many images"
     )
-    odd = [f"line {one.line}: {one.reason}: {quoted(one.caption)}" for one in report.odd]
+    odd = [f"{report.unit} {one.line}: {one.reason}: {quoted(one.caption)}" for one in report.odd]
     yield from listed("odd", odd)
-    repeated = [f"{lines(one.lines)}: {printable(one.image)}: {quoted(one.caption)}" for one in report.repeated]
+    repeated = [
+        f"{lines(one.lines, report.unit)}: {printable(one.image)}: {quoted(one.caption)}" for one in report.repeated
+    ]
     yield from listed("repeated with one image", repeated)
-    shared = [f"{quoted(one.caption)}: {plural(len(one.images), 'image')}, {lines(one.lines)}" for one in report.shared]
+    shared = [
+        f"{quoted(one.caption)}: {plural(len(one.images), 'image')}, {lines(one.lines, report.unit)}"
+        for one in report.shared
+    ]
     yield from listed("shared by many images", shared)
 
 
@@ -90,8 +95,10 @@ def mislabelled(report: DataReport) -> Iterator[str]:
         if one.picture:
             whole[one.image].append(one.line)
     yield f"mislabelled, perhaps: {plural(len(single), 'caption')}, {plural(len(whole), 'image')}"
-    yield from listed("captions that fit other pictures better, worst first", [suspicion(one) for one in single])
-    pictures = [f"{printable(image)} ({lines(sorted(numbers))})" for image, numbers in whole.items()]
+    yield from listed(
+        "captions that fit other pictures better, worst first", [suspicion(one, report.unit) for one in single]
+    )
+    pictures = [f"{printable(image)} ({lines(sorted(numbers), report.unit)})" for image, numbers in whole.items()]
     yield from listed("images that none of their captions fits", pictures)
 
 
@@ -130,15 +137,15 @@ def copies(groups: Sequence[Copies]) -> list[str]:
     ]
 
 
-def suspicion(one: Mislabelled) -> str:
+def suspicion(one: Mislabelled, unit: str) -> str:
     """A caption that seems to belong to another picture, in a line."""
     better = f"{100 * one.better:.0f} % of the images fit it better"
-    return f"line {one.line}: {printable(one.image)}: {quoted(one.caption)} ({better})"
+    return f"{unit} {one.line}: {printable(one.image)}: {quoted(one.caption)} ({better})"
 
 
-def bad_image(image: BadImage) -> str:
+def bad_image(image: BadImage, unit: str) -> str:
     """An image that can't be used, in a line."""
-    return f"{printable(image.image)}: {image.reason} ({lines(image.lines)})"
+    return f"{printable(image.image)}: {image.reason} ({lines(image.lines, unit)})"
 
 
 def note(line: LineNote) -> str:
@@ -146,10 +153,10 @@ def note(line: LineNote) -> str:
     return f"{line.place}: {printable(line.text)}"
 
 
-def lines(numbers: Sequence[int]) -> str:
+def lines(numbers: Sequence[int], unit: str) -> str:
     """Line numbers in words, the first few of many."""
     first = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
-    return f"line{'s' * (len(numbers) > 1)} {first}"
+    return f"{unit}{'s' * (len(numbers) > 1)} {first}"
 
 
 def quoted(caption: str) -> str:
