@@ -432,8 +432,10 @@ def test_the_clean_copy_has_all_that_is_good_and_nothing_else(broken, tmp_path):
     assert dev == {f"dev-{number:05}.jpg" for number in range(20)}
     # gone: image 0 with all its captions, and the bad ones
     assert {row.path.name for row in splits.train} == {f"train-{number:05}.jpg" for number in range(1, 60)} - bad_images
-    words = "left out: 3 lines that were dropped, 5 captions of missing images, 15 captions of unreadable images, "
-    assert words + "5 captions of images that dev has too, 8 odd captions" in result.stdout
+    words = (
+        "left out: lines that were dropped (3), captions of missing images (5), captions of unreadable images (15), "
+    )
+    assert words + "captions of images that dev has too (5), odd captions (8)" in result.stdout
     command = result.stdout.splitlines()[-1]
     assert command.startswith(f"train: clipmatch train --captions {out} --images {broken / 'Images'} --train-split ")
     assert {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()} == before

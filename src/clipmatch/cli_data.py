@@ -93,9 +93,13 @@ def check_command(
 
 def fixed_text(fixed: Fixed) -> str:
     """What was written, what was left out, and how to go on."""
-    left_out = ", ".join(f"{count:,} {name}" for name, count in fixed.left_out.items() if count)
+    from clipmatch.datareport import plural
+
+    left_out = ", ".join(f"{name} ({count:,})" for name, count in fixed.left_out.items() if count)
     files = ", ".join(map(str, (fixed.file, *fixed.splits)))
-    return f"\nwrote {files}: {fixed.kept:,} captions; left out: {left_out or 'nothing'}\ntrain: {fixed.command}"
+    return (
+        f"\nwrote {files}: {plural(fixed.kept, 'caption')}; left out: {left_out or 'nothing'}\ntrain: {fixed.command}"
+    )
 
 
 @data_group.command("show")
