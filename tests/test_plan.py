@@ -52,3 +52,11 @@ def test_what_the_run_would_refuse(scenes, model_folder, tmp_path):
 
 def test_times_in_words():
     assert [in_words(seconds) for seconds in (3.2, 89, 600, 5000, 9000)] == ["3 s", "89 s", "10 min", "83 min", "2.5 h"]
+
+
+def test_fewer_batches_than_are_measured_between_looks_for_similar_pictures(scenes, model_folder, tmp_path):
+    command = ["train", "--captions", scenes, "--model", model_folder, "--out", tmp_path / "run", "--dry-run"]
+    command += ["--epochs", "1", "--batch-size", "64", "--hard-negatives", "0.5"]
+    result = CliRunner().invoke(main, [str(word) for word in command], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert "steps   1 an epoch, 1 in all" in result.stdout

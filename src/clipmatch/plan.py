@@ -127,7 +127,8 @@ def repeat(rows: Sequence[CaptionedImage], count: int) -> tuple[CaptionedImage, 
 def measure(trainer: Trainer) -> tuple[float, float]:
     """Seconds of a batch's step, and of a look at dev."""
     trainer.model.train()
-    batches, times = iter(trainer.loader()), []
+    # A run may have fewer batches than are measured, or look for similar pictures before it has so many.
+    batches, times = itertools.chain.from_iterable(trainer.loader() for _ in itertools.repeat(None)), []
     for _ in range(WARM + MEASURED):
         began = time.perf_counter()
         trainer.take_step(batches, WARM + MEASURED)
