@@ -257,7 +257,7 @@ from colours import ColourEmbedder
 
 class Slow(ColourEmbedder):
     def embed_images(self, paths, progress=True, read=None):
-        time.sleep(0.05)
+        time.sleep(0.15)
         return super().embed_images(paths, progress, read)
 
 clipmatch.ingest.BATCH = 2

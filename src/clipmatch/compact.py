@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clipmatch.checkpoint import Checkpoint, atomic_folder, model_config, refuse_foreign, write_extra
 from clipmatch.config import to_json
-from clipmatch.embedder import OnnxEmbedder, embedded_folder, output_shape
+from clipmatch.embedder import OnnxEmbedder, embedded_folder, open_session, output_shape
 from clipmatch.errors import ClipmatchError
 from clipmatch.export import BOUND, FILES, largest_difference, random_pixels, random_texts
 from clipmatch.model import CLIPModel
@@ -113,7 +113,7 @@ def load_heads(folder: str | Path | None = None) -> OnnxCheckpoint:
     architecture = read_config(embedder.folder)["model"]
     # What a tower gives is pooled already: its only "token", to be taken as it is.
     config = replace(model_config(architecture), image_pooling="cls", text_pooling="cls")
-    image = ImageTower(embedder.image_session, digest_of(graphs[IMAGE_GRAPH]), embedder.transform)
+    image = ImageTower(open_session(embedder.folder / IMAGE_GRAPH), digest_of(graphs[IMAGE_GRAPH]), embedder.transform)
     text = TextTower(embedder.text_session, digest_of(graphs[TEXT_GRAPH]))
     model = CLIPModel(config, (image, text)).eval()
     with torch.no_grad():

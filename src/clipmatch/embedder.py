@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -39,15 +40,17 @@ from clipmatch.modelfolder import (
     kind_of,
     read_config,
 )
+from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, RunOptions
 
     from clipmatch.checkpoint import Checkpoint
 
 BATCH = 64
+LOT = 8  # pictures that a core takes through an ONNX graph at once: they stay in its cache
 INSTALL = 'pip install "clipmatch[train]"'
 
 EncodePixels: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -98,12 +101,12 @@ class Embedder(Protocol):
 
 
 class BatchedEmbedder(ABC):
-    """What embedders share: files are read in threads, a batch ahead of the model; bad ones become failures.
+    """What embedders share: each core reads some files and takes them through the model; bad ones become failures.
 
     A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
     model folder that it was loaded from, if there is one. name: what `load_model` loads it by, from any directory; None
-    for the one that comes with clipmatch.
-    logit_scale: the factor between cosine and logit that it was trained with.
+    for the one that comes with clipmatch. logit_scale: the factor between cosine and logit that it was trained with.
+    lot: pictures encoded at once. Threads may share an embedder.
     """
 
     fingerprint: str
@@ -112,6 +115,7 @@ class BatchedEmbedder(ABC):
     folder: Path | None = None
     logit_scale: float = INIT_LOGIT_SCALE
     name: str | None = None
+    lot: int = BATCH
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -148,15 +152,25 @@ class BatchedEmbedder(ABC):
     ) -> ImageEmbeddings:
         """Paths -> what `encode` makes of their pixels, a row of `shape` for each file that can be read."""
         files, failures, rows = [], [], []
-        bar = tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH)
-        for batch in read_batches([Path(path) for path in paths], self.transform, read=read):
-            failures += batch.failures
-            if batch.paths:
-                files += batch.paths
-                rows.append(encode(batch.pixels))
-            bar.update(len(batch.paths) + len(batch.failures))
-        bar.close()
+
+        def work(part: list[Path]) -> tuple[PixelBatch, NDArray[np.float32] | None]:
+            batch = read_batch(part, self.transform, read)
+            return batch, encode(batch.pixels) if batch.paths else None
+
+        size = max(1, min(self.lot, -(-len(paths) // usable_cores())))  # a few pictures are for all cores too
+        with tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH) as bar:
+            for batch, made in in_order(work, parts([Path(path) for path in paths], size), self.workers):
+                failures += batch.failures
+                if made is not None:
+                    files += batch.paths
+                    rows.append(made)
+                bar.update(len(batch.paths) + len(batch.failures))
         return ImageEmbeddings(stack(rows, shape), files, failures)
+
+    @cached_property
+    def workers(self) -> ThreadPoolExecutor:
+        """A thread for each core."""
+        return ThreadPoolExecutor(usable_cores(), "embed")
 
     def map_texts(
         self, encode: EncodeStrings, shape: tuple[int, ...], texts: Sequence[str], progress: bool
@@ -178,6 +192,7 @@ class TorchEmbedder(BatchedEmbedder):
         self.precision = choose_precision(self.device, precision or "float32")
         self.model = checkpoint.model.to(self.device).eval()
         self.dim, self.logit_scale = self.model.config.embed_dim, float(self.model.logit_scale.detach())
+        self._turn = Lock()  # PyTorch takes all cores, or the GPU, for one batch; other threads read files meanwhile
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [b, s, s, 3] -> unit rows [b, d]."""
@@ -196,7 +211,7 @@ class TorchEmbedder(BatchedEmbedder):
         import torch
 
         dtype = self.precision.dtype
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with self._turn, torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             rows: NDArray[np.float32] = encode(*(value.to(self.device) for value in inputs)).float().cpu().numpy()
         return rows
 
@@ -204,14 +219,17 @@ class TorchEmbedder(BatchedEmbedder):
 class OnnxEmbedder(BatchedEmbedder):
     """An `Embedder` around a folder with image.onnx and text.onnx: no PyTorch, on the CPU.
 
-    A graph is read when it is first needed, so a search among remembered pictures loads the text side alone.
+    A graph is read when it is first needed, so a search among remembered pictures loads the text side alone. Each core
+    embeds pictures of its own: that is quicker than to share out the work on each of them.
     Raises ClipmatchError when the folder is incomplete or its files don't fit together.
     """
 
     folder: Path
+    lot = LOT
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._opening = Lock()  # the first pictures come to all cores at once
         values = read_config(self.folder)
         try:
             self.dim, self.max_length = int(values["model"]["embed_dim"]), int(values["model"]["max_length"])
@@ -259,11 +277,16 @@ class OnnxEmbedder(BatchedEmbedder):
         shape = output_shape(self.text_session, output)
         return self.map_texts(lambda batch: self.run_text(batch, output), shape, texts, progress)
 
-    @cached_property
+    @property
     def image_session(self) -> InferenceSession:
-        """The image graph, ready to run."""
+        """The image graph, ready to be run by several threads, each on a core of its own."""
+        with self._opening:
+            return self._image_session
+
+    @cached_property
+    def _image_session(self) -> InferenceSession:
         side = self.transform.config.size
-        session = self._open(IMAGE_GRAPH, ["pixels"])
+        session = self._open(IMAGE_GRAPH, ["pixels"], threads=1)
         found = session.get_inputs()[0].shape[1:]
         if found != [side, side, 3]:
             raise self._damaged(f"{IMAGE_GRAPH} takes pictures of {found}, {CONFIG} says {[side, side, 3]}")
@@ -274,10 +297,10 @@ class OnnxEmbedder(BatchedEmbedder):
         """The text graph, ready to run."""
         return self._open(TEXT_GRAPH, ["input_ids", "attention_mask"])
 
-    def _open(self, name: str, inputs: list[str]) -> InferenceSession:
+    def _open(self, name: str, inputs: list[str], threads: int | None = None) -> InferenceSession:
         """A graph of the folder, checked for its inputs and the width of its embedding."""
         try:
-            session = open_session(self.folder / name)
+            session = open_session(self.folder / name, threads)
         except Exception as error:  # ONNX Runtime has a dozen kinds, without a common base
             raise self._damaged(error) from error
         found = [value.name for value in session.get_inputs()]
@@ -292,7 +315,7 @@ class OnnxEmbedder(BatchedEmbedder):
     def _run(self, session: InferenceSession, output: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         """One output of a graph; inputs by name."""
         try:
-            rows: NDArray[np.float32] = session.run([output], inputs)[0]
+            rows: NDArray[np.float32] = session.run([output], inputs, asked_for_only())[0]
         except Exception as error:  # such as a token that the graph has no vector for
             raise self._damaged(error) from error
         return rows
@@ -301,14 +324,23 @@ class OnnxEmbedder(BatchedEmbedder):
         return ClipmatchError(f"The model folder {self.folder} is damaged ({reason_of(why)}); copy or export it again.")
 
 
-def open_session(path: Path) -> InferenceSession:
-    """An ONNX file -> a session on the cores that this process may use."""
+def open_session(path: Path, threads: int | None = None) -> InferenceSession:
+    """An ONNX file -> a session on as many threads as this process may use cores, or on `threads`."""
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
-    options.intra_op_num_threads = usable_cores()  # its own count knows nothing of a container's quota
+    options.intra_op_num_threads = threads or usable_cores()  # its own count knows nothing of a container's quota
     options.log_severity_level = 3  # errors: its warnings are of no use to a person who searches
     return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def asked_for_only() -> RunOptions:
+    """How to run a graph without computing the outputs that are not asked for."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 def output_shape(session: InferenceSession, name: str) -> tuple[int, ...]:
@@ -404,27 +436,26 @@ class PixelBatch:
 def read_batches(
     paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage = load_image
 ) -> Iterator[PixelBatch]:
-    """Decode files in threads, a batch ahead of the consumer, in order. A bad file ends up in `failures`."""
+    """Decode files in threads, some batches ahead of the consumer, in order. A bad file ends up in `failures`."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        yield from in_order(lambda part: read_batch(part, transform, read), parts(paths, size), pool)
 
-    def decode(path: Path) -> NDArray[np.uint8] | Failure:
+
+def read_batch(paths: list[Path], transform: Transform, read: ReadImage) -> PixelBatch:
+    """Decode some files; a bad one ends up in `failures`."""
+    pixels, good, failures = [], [], []
+    for path in paths:
         try:
-            return transform.pixels(read(path, transform.config.size))
+            pixels.append(transform.pixels(read(path, transform.config.size)))
+            good.append(path)
         except ImageError as error:
-            return Failure(path, error.reason)
+            failures.append(Failure(path, error.reason))
+    return PixelBatch(np.stack(pixels) if pixels else np.empty(0, np.uint8), good, failures)
 
-    def gather(batch: list[Path], results: list[Any]) -> PixelBatch:
-        good = [(path, value) for path, value in zip(batch, results, strict=True) if not isinstance(value, Failure)]
-        bad = [value for value in results if isinstance(value, Failure)]
-        return PixelBatch(np.stack([v for _, v in good]) if good else np.empty(0, np.uint8), [p for p, _ in good], bad)
 
-    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-        waiting: list[Any] = []
-        for number in range(len(batches) + 1):
-            if number < len(batches):
-                waiting.append([pool.submit(decode, path) for path in batches[number]])
-            if number > 0:
-                yield gather(batches[number - 1], [future.result() for future in waiting.pop(0)])
+def parts(paths: list[Path], size: int) -> Iterator[list[Path]]:
+    """A list, `size` at a time."""
+    return (paths[start : start + size] for start in range(0, len(paths), size))
 
 
 def stack(rows: list[NDArray[np.float32]], shape: tuple[int, ...]) -> NDArray[np.float32]:

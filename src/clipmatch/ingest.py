@@ -3,7 +3,8 @@
 In: a store, an embedder, folders. Out: a `Summary`. Knows nothing of queries.
 
 An unchanged file costs its `stat`. Others are read and hashed; a content that is known keeps its vector, wherever its
-file has gone, and only what is new is embedded. Each batch is one transaction, so an interruption costs one batch.
+file has gone, and only what is new is embedded. Each batch is one transaction. While one is written the next ones are
+embedded and another is hashed, so an interruption costs those under way.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +25,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from clipmatch.crawl import Found, Stamp, walk
-from clipmatch.embedder import Embedder, Failure
+from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.metadata import Metadata
+from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
 from clipmatch.store import ModelName, Photo, Root, Store, default_index
 
-BATCH = 128  # files between two commits: what an interruption can cost
+BATCH = 64  # files between two commits
+UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
 SHOWN = 64  # files from which on there is a progress bar
 READ = 1 << 20  # bytes hashed at once
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,22 +75,16 @@ def update(
     summary = Summary()
     there = compare(store, roots, summary, keep_empty)
     left = Counter(there.gone.values())  # contents that a moved file can bring back
-    with tqdm(
-        total=len(there.fresh), desc="photographs", unit="img", disable=not progress or len(there.fresh) < SHOWN
-    ) as bar:
-        for start in range(0, len(there.fresh), BATCH):
-            batch = there.fresh[start : start + BATCH]
-            photos, failures = ingest(store, embedder, batch)
-            for photo in photos:
-                if photo.path in there.known:
-                    summary.changed += 1
-                elif left[photo.digest]:
-                    summary.moved += 1
-                    left[photo.digest] -= 1
-                else:
-                    summary.added += 1
-            summary.failures += failures
-            bar.update(len(batch))
+    for photos, failures in ingest(store, embedder, there.fresh, progress):
+        for photo in photos:
+            if photo.path in there.known:
+                summary.changed += 1
+            elif left[photo.digest]:
+                summary.moved += 1
+                left[photo.digest] -= 1
+            else:
+                summary.added += 1
+        summary.failures += failures
     summary.removed += len(there.gone) - summary.moved
     if there.gone or there.mended:
         store.delete([*there.gone, *there.mended])
@@ -99,10 +99,13 @@ def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = 
     """
     summary = Summary()
     missing = store.not_embedded(name.fingerprint)
-    with tqdm(total=len(missing), desc="photographs", unit="img", disable=not progress or len(missing) < SHOWN) as bar:
-        for start in range(0, len(missing), BATCH):
-            batch = {photo.path: photo for photo in missing[start : start + BATCH]}
-            done = embedder.embed_images(list(batch), progress=False)
+
+    def embed(batch: dict[Path, Photo]) -> tuple[dict[Path, Photo], ImageEmbeddings]:
+        return batch, embedder.embed_images(list(batch), progress=False)
+
+    batches = ({photo.path: photo for photo in part} for part in groups(missing))
+    with counter(len(missing), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
+        for batch, done in in_order(embed, batches, pool, UNDER_WAY):
             pairs = zip(done.paths, done.rows, strict=True)
             rows = {batch[path].digest: row for path, row in pairs if np.isfinite(row).all()}
             store.upsert([], name.fingerprint, rows, {})
@@ -188,55 +191,114 @@ def digests_of(store: Store, paths: set[Path]) -> dict[Path, str]:
     return {photo.path: photo.digest for _, photo in store.photos() if photo.path in paths} if paths else {}
 
 
-def ingest(store: Store, embedder: Embedder, batch: Sequence[Found]) -> tuple[list[Photo], list[Failure]]:
-    """Hash, embed where needed, and store a batch -> its photographs and failures."""
-    stamps = {item.path: item.stamp for item in batch}
+@dataclass(frozen=True)
+class Batch:
+    """Files on their way into the store.
+
+    stamps and digests: of the files that could be hashed; unread: the others. relatives: contents that have a vector,
+    and a photograph of each. first: what is to be embedded, of several copies one. looks: what is seen of it then.
+    """
+
+    stamps: dict[Path, Stamp]
+    digests: dict[Path, str]
+    unread: list[Failure]
+    relatives: dict[str, Photo]
+    first: dict[str, Path]
+    looks: Looks
+
+
+def ingest(
+    store: Store, embedder: Embedder, files: Sequence[Found], progress: bool
+) -> Iterator[tuple[list[Photo], list[Failure]]]:
+    """Hash, embed where needed, and store files -> photographs and failures, a batch at a time, in order."""
+    under_way: dict[str, str] = {}  # contents in batches not yet stored, and why those can't be used that just failed
+
+    def embed(batch: Batch) -> tuple[Batch, ImageEmbeddings]:
+        paths = list(batch.first.values())
+        return batch, embedder.embed_images(paths, progress=False, read=batch.looks.read)
+
+    batches = (prepare(store, embedder.fingerprint, part, under_way) for part in groups(files))
+    with counter(len(files), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
+        for batch, done in in_order(embed, batches, pool, UNDER_WAY):
+            yield keep(store, embedder.fingerprint, batch, done, under_way)
+            bar.update(len(batch.stamps))
+
+
+def groups(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """A sequence, `BATCH` at a time."""
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+
+
+def counter(total: int, progress: bool) -> tqdm[Any]:
+    """A progress bar in photographs; none where it would be gone before it is read."""
+    return tqdm(total=total, desc="photographs", unit="img", disable=not progress or total < SHOWN)
+
+
+def prepare(store: Store, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
+    """Hash files, and see which of their contents have to be embedded."""
+    stamps = {item.path: item.stamp for item in files}
     digests, unread = hash_files(list(stamps))
-    failures: list[Failure] = []
-    model = embedder.fingerprint
-    have = store.embedded(model, set(digests.values()))
-    relatives = store.with_content(have)
-    first: dict[str, Path] = {}  # of several copies one is embedded
+    relatives = store.with_content(store.embedded(model, set(digests.values())))
+    first: dict[str, Path] = {}
     for path, digest in digests.items():
-        if digest not in relatives:
+        if digest not in relatives and digest not in under_way:
             first.setdefault(digest, path)
-    looks = Looks()
-    done = embedder.embed_images(list(first.values()), progress=False, read=looks.read)
-    rows = {digests[path]: row for path, row in zip(done.paths, done.rows, strict=True) if np.isfinite(row).all()}
-    reasons = {digests[failure.path]: failure.reason for failure in done.failures}
-    photos = []
-    for path, digest in digests.items():
-        if digest in rows or digest in relatives:
-            photos.append(photograph(path, digest, stamps[path], looks, first, relatives))
+    under_way.update(dict.fromkeys(first, ""))
+    return Batch(stamps, digests, unread, relatives, first, Looks(stamps))
+
+
+def keep(
+    store: Store, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
+) -> tuple[list[Photo], list[Failure]]:
+    """Store a batch that has been embedded -> its photographs and failures."""
+    pairs = zip(done.paths, done.rows, strict=True)
+    rows = {batch.digests[path]: row for path, row in pairs if np.isfinite(row).all()}
+    reasons = {batch.digests[failure.path]: failure.reason for failure in done.failures}
+    elsewhere = {digest for digest in batch.digests.values() if digest not in batch.first}  # in a batch before
+    relatives = {**batch.relatives, **store.with_content(store.embedded(model, elsewhere - batch.relatives.keys()))}
+    for digest in batch.first:
+        if digest in rows:
+            del under_way[digest]  # from now on the store knows it
         else:
-            failures.append(Failure(path, reasons.get(digest, "the model gives no finite vector for it")))
+            under_way[digest] = reasons.get(digest, "the model gives no finite vector for it")
+    photos, failures = [], []
+    for path, digest in batch.digests.items():
+        if digest in rows or digest in relatives:
+            photos.append(photograph(path, digest, batch, relatives))
+        else:
+            failures.append(Failure(path, under_way[digest]))
     lasting = [failure for failure in failures if failure.reason not in LACKING]
-    store.upsert(photos, model, rows, {failure.path: (stamps[failure.path], failure.reason) for failure in lasting})
-    return photos, failures + unread  # what could not be read now may be readable next time
+    store.upsert(
+        photos, model, rows, {failure.path: (batch.stamps[failure.path], failure.reason) for failure in lasting}
+    )
+    return photos, failures + batch.unread  # what could not be read now may be readable next time
 
 
 class Looks:
     """What is learnt about a picture on the way to the model, where it is decoded anyway."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
+        self.stamps = stamps
         self.metadata: dict[Path, Metadata] = {}
         self.hashes: dict[Path, int] = {}
 
     def read(self, path: Path, min_size: int | None) -> Image.Image:
         """As `load_image`; remembers what it saw. Called from several threads."""
-        image, self.metadata[path] = open_photo(path, min_size)
+        image, self.metadata[path] = open_photo(path, min_size, sidecars=bool(self.stamps[path].sidecar))
         self.hashes[path] = picture_hash(image)
         return image
 
 
-def photograph(
-    path: Path, digest: str, stamp: Stamp, looks: Looks, first: dict[str, Path], relatives: dict[str, Photo]
-) -> Photo:
+def photograph(path: Path, digest: str, batch: Batch, relatives: Mapping[str, Photo]) -> Photo:
     """A file whose content has a vector -> its row; a copy has its own caption, for that may lie beside it."""
+    looks, stamp = batch.looks, batch.stamps[path]
     if path in looks.metadata:
         return Photo(path, digest, stamp, looks.metadata[path], looks.hashes[path])
-    twin_hash = relatives[digest].picture_hash if digest in relatives else looks.hashes[first[digest]]
-    known = relatives[digest].metadata if digest in relatives else looks.metadata[first[digest]]
+    if digest in relatives:
+        known, twin_hash = relatives[digest].metadata, relatives[digest].picture_hash
+    else:
+        twin = batch.first[digest]
+        known, twin_hash = looks.metadata[twin], looks.hashes[twin]
     try:
         metadata = read_header(path)
     except ImageError:  # it has gone since it was hashed

@@ -68,12 +68,15 @@ class Metadata:
     caption: str | None = None
 
 
-def read_metadata(path: Path, image: Image.Image) -> Metadata:
-    """What the file and its side-cars say; `image` is opened and not decoded at a reduced size. Never raises."""
+def read_metadata(path: Path, image: Image.Image, sidecars: bool = True) -> Metadata:
+    """What the file and its side-cars say; `image` is opened and not decoded at a reduced size. Never raises.
+
+    sidecars: whether there may be any.
+    """
     exif = attempt(image.getexif) or Image.Exif()
     latitude, longitude = attempt(lambda: position_of(exif)) or (None, None)
     camera = attempt(lambda: camera_of(exif))
-    caption = attempt(lambda: caption_of(path, image, exif))
+    caption = attempt(lambda: caption_of(path if sidecars else None, image, exif))
     return Metadata(*upright_size(image), attempt(lambda: taken_of(exif)), latitude, longitude, camera, caption)
 
 
@@ -155,18 +158,21 @@ def camera_of(exif: Image.Exif) -> str | None:
 # Caption
 
 
-def caption_of(path: Path, image: Image.Image, exif: Image.Exif) -> str | None:
+def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif) -> str | None:
     """The words that people gave to a photograph, in one line, keywords in brackets: "Grandma's birthday [cake, Rome]".
 
     The caption is the first of: the text file of the same name (photo.txt, as beside training pictures), the
     description or title in an XMP side-car (photo.jpg.xmp or photo.xmp) or else embedded, the IPTC caption, the EXIF
     description. What cameras write there by themselves is passed over. Keywords count, because tagging is how most
-    people caption; they are those of the first XMP or IPTC part that has any.
+    people caption; they are those of the first XMP or IPTC part that has any. path: None where nothing lies beside it.
     """
-    text, *packets = (path.with_name(name) for name in sidecar_names(path.name))
-    caption = attempt(lambda: text_file(text))
+    caption: str | None = None
     keywords: list[str] = []
-    sources: list[Callable[[], Words]] = [partial(xmp_file, packet) for packet in packets]
+    sources: list[Callable[[], Words]] = []
+    if path is not None:
+        text, *packets = (path.with_name(name) for name in sidecar_names(path.name))
+        caption = attempt(lambda: text_file(text))
+        sources += [partial(xmp_file, packet) for packet in packets]
     sources.append(lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)))
     sources.append(lambda: iptc_words(image))
     sources.append(lambda: (own_words([exif.get(ExifTags.Base.ImageDescription)]), []))

@@ -73,10 +73,13 @@ def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
         return decoded(image, min_size)
 
 
-def open_photo(path: str | Path, min_size: int | None = None) -> tuple[Image.Image, Metadata]:
-    """`load_image` and `read_header` of a file that is opened once. Raises ImageError."""
+def open_photo(path: str | Path, min_size: int | None = None, sidecars: bool = True) -> tuple[Image.Image, Metadata]:
+    """`load_image` and `read_header` of a file that is opened once. Raises ImageError.
+
+    sidecars: whether there may be a file beside it that says more; to look for one takes time.
+    """
     with opened(Path(path)) as image:
-        metadata = read_metadata(Path(path), image)  # first: a reduced picture has lost its size
+        metadata = read_metadata(Path(path), image, sidecars)  # first: a reduced picture has lost its size
         return decoded(image, min_size), metadata
 
 
