@@ -4,10 +4,7 @@ Importing this loads nothing slow; each public name brings its module when it is
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
-
-__version__ = version("clipmatch")
 
 _HOME = {  # public name -> the module that defines it
     "CLIPModel": "model",
@@ -37,6 +34,10 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("clipmatch")
     if name not in _HOME:
         raise AttributeError(f"module 'clipmatch' has no attribute {name!r}")
     return getattr(import_module(f"clipmatch.{_HOME[name]}"), name)
