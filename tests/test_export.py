@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import tiny_config
+from onnx import numpy_helper
 
 from clipmatch import export as module
 from clipmatch.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -19,9 +20,10 @@ from clipmatch.cli import main
 from clipmatch.config import PreprocessConfig
 from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model, open_session
 from clipmatch.errors import ClipmatchError
-from clipmatch.export import export_model, largest_difference, quantise_weights, random_texts, write_graphs
+from clipmatch.export import export_model, largest_difference, random_texts, write_graphs
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform, load_image
+from clipmatch.quantisation import byte_scale, quantise_weights
 
 FILES = {"config.json", "tokenizer.json", "image.onnx", "text.onnx"}
 
@@ -251,21 +253,63 @@ def convolutions(vocabulary, tmp_path_factory):
     tower = {"model_type": "efficientnet_lite", "image_size": 64}
     torch.manual_seed(0)
     checkpoint = checkpoint_of(vocabulary, image_tower=tower, image_pooling="mean+max")
-    save_checkpoint(replace(checkpoint, transform=Transform(PreprocessConfig(size=64))), folder)
+    config = PreprocessConfig(size=64, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    save_checkpoint(replace(checkpoint, transform=Transform(config)), folder)
     return folder
 
 
-def test_convolutions_compute_on_bytes_once_photographs_tell_their_scale(convolutions, scenes, tmp_path):
+@pytest.fixture(scope="module")
+def on_bytes(convolutions, scenes, tmp_path_factory):
+    """The same exported with photographs, so that it computes on bytes."""
+    return export_model(convolutions, tmp_path_factory.mktemp("lite") / "bytes", int8=True, pictures=scenes)
+
+
+def test_convolutions_compute_on_bytes_once_photographs_tell_their_scale(convolutions, on_bytes, scenes, tmp_path):
     export_model(convolutions, tmp_path / "float", int8=True)
-    done = export_model(convolutions, tmp_path / "bytes", int8=True, pictures=scenes)
-    assert done.differences["image"] < 0.05
-    first, second = (tmp_path / kind / "image.onnx" for kind in ("float", "bytes"))
+    assert on_bytes.differences["image"] < 0.05
+    first, second = (folder / "image.onnx" for folder in (tmp_path / "float", on_bytes.folder))
     assert second.stat().st_size < 0.4 * first.stat().st_size
     kinds = [node.op_type for node in onnx.load(str(second)).graph.node]
     assert kinds.count("QuantizeLinear") >= kinds.count("Conv") > 10
     paths = sorted((scenes / "Images").iterdir())[:5]
-    rows = [OnnxEmbedder(tmp_path / kind).embed_images(paths, progress=False).rows for kind in ("float", "bytes")]
+    rows = [OnnxEmbedder(path.parent).embed_images(paths, progress=False).rows for path in (first, second)]
     assert largest_difference(*rows) < 0.05
+
+
+def test_no_two_products_of_bytes_overflow(on_bytes):
+    """Without VNNI a processor adds each two products in 16 bits, which 255 * 128 fills."""
+    graph = onnx.load(str(on_bytes.folder / "image.onnx")).graph
+    kernels = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
+    kernels = [kernel for kernel in kernels if kernel.ndim == 4 and kernel.shape[1] > 1]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert kernel.dtype == np.int8
+        for order in (kernel, kernel.transpose(0, 2, 3, 1)):
+            flat = order.reshape(len(order), -1).astype(int)
+            assert np.abs(flat[:, 1:] + flat[:, :-1]).max() <= 128
+        assert np.abs(kernel.astype(int)).max() > 60  # no step is given away without need
+
+
+def test_pixels_go_into_the_first_convolution_as_they_are(on_bytes):
+    """Where (x - 127) / 128 is what the tower wants, x itself with its zero at 127 is the same."""
+    graph = onnx.load(str(on_bytes.folder / "image.onnx")).graph
+    numbers = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    maker = {output: node for node in graph.node for output in node.output}
+    first = maker[next(node for node in graph.node if node.op_type == "Conv").input[0]]
+    assert first.op_type == "DequantizeLinear"
+    assert [float(numbers[name]) for name in first.input[1:]] == [1 / 128, 127]
+    assert maker[first.input[0]].op_type == "Transpose"
+    assert list(maker[first.input[0]].input) == ["pixels"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "scale"),
+    [((127,) * 3, (128,) * 3, (1 / 128, 127)), ((127.5,) * 3, (127.5,) * 3, None), ((124, 116, 104), (58,) * 3, None)],
+)  # fmt: skip
+def test_a_byte_stands_for_its_value_only_where_zero_is_a_byte(mean, std, scale):
+    config = PreprocessConfig(mean=tuple(m / 255 for m in mean), std=tuple(s / 255 for s in std))
+    found = byte_scale(Transform(config))
+    assert (found and (float(found["scale"]), int(found["zero_point"]))) == (scale and pytest.approx(scale))
 
 
 def test_too_few_photographs_tell_no_scale(convolutions, scenes, tmp_path):

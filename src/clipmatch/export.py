@@ -14,18 +14,14 @@ Letters: b batch, s side in pixels, t tokens, d embedding width, h tower width, 
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from onnxscript import ir
 from torch import Tensor, nn
 
@@ -47,6 +43,7 @@ from clipmatch.modelfolder import (
     write_json,
 )
 from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.quantisation import quantise_convolutions, quantise_weights, quiet
 
 BOUND = 1e-4  # the largest 1 - cosine between PyTorch's embedding and the float graph's that is accepted
 INT8_BOUND = 0.05
@@ -89,7 +86,7 @@ def export_model(model: str | Path, out: str | Path, int8: bool = False, picture
             quantise_weights(draft / TEXT_GRAPH)
             quantise_weights(draft / IMAGE_GRAPH)
             if scaling is not None:
-                quantise_convolutions(draft / IMAGE_GRAPH, scaling)
+                quantise_convolutions(draft / IMAGE_GRAPH, scaling, checkpoint.transform)
         fingerprint = fingerprint_of([draft / name for name in FILES], [architecture, preprocess])
         write_json(draft / CONFIG, config_values(architecture, preprocess, about, fingerprint))
         differences = compare(TorchEmbedder(checkpoint, "cpu"), OnnxEmbedder(draft), checkpoint.tokenizer, checking)
@@ -223,125 +220,6 @@ def plain_attention(backbone: Any) -> Iterator[None]:
         yield
     finally:
         backbone.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporter and quantiser advise their own developers; that is of no use to a person who exports."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-# Bytes instead of floats
-
-
-def quantise_weights(path: Path) -> None:
-    """Hold the large matrices of a float graph as bytes, in place.
-
-    Word vectors have a scale for each row. The towers' matrices have one for each 64 numbers of a column, and what they
-    are multiplied with is rounded row by row, so that no row depends on its neighbours in a batch. The heads stay
-    float: they are small, and they may subtract a large mean, whose error would swamp the rest. (The exporter writes
-    their products, of pooled rows, as Gemm, and those of the towers as MatMul.)
-    """
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    model = onnx.load(str(path))
-    quantise_tables(model.graph)
-    with quiet():
-        quantiser = MatMulNBitsQuantizer(model, bits=8, block_size=64, is_symmetric=True, accuracy_level=4)
-        quantiser.process()
-    onnx.save(quantiser.model.model, str(path))
-
-
-def quantise_convolutions(path: Path, pixels: NDArray[np.uint8]) -> None:
-    """Make the convolutions of a graph compute on bytes, in place (Jacob et al. 2018).
-
-    Their weights get a scale for each channel. What flows between them gets one scale a place, from its range over
-    pixels [n, s, s, 3]. Raises ClipmatchError if there are no convolutions.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Pictures(CalibrationDataReader):  # type: ignore[misc]
-        rest = iter(pixels)
-
-        def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            picture = next(self.rest, None)
-            return None if picture is None else {"pixels": picture[None]}
-
-    if not any(node.op_type == "Conv" for node in onnx.load(str(path)).graph.node):
-        raise ClipmatchError("The image tower has no convolutions; export without pictures.")
-    with quiet():
-        quant_pre_process(str(path), str(path), skip_symbolic_shape=True)
-        quantize_static(
-            str(path),
-            str(path),
-            Pictures(),
-            op_types_to_quantize=["Conv", "Add", "Clip"],
-            nodes_to_exclude=head_nodes(onnx.load(str(path)).graph),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-
-
-def head_nodes(graph: onnx.GraphProto) -> list[str]:
-    """The names of a graph's nodes from the first products of the heads on: they stay float."""
-    behind: set[str] = set()
-    names = []
-    for node in graph.node:
-        if node.op_type == "Gemm" or behind.intersection(node.input):
-            behind.update(node.output)
-            names.append(node.name)
-    return names
-
-
-def quantise_tables(graph: onnx.GraphProto) -> None:
-    """Replace each table [v, h] that rows are looked up in by int8 rows and a scale for each."""
-    tables = {table.name: table for table in graph.initializer if len(table.dims) == 2}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        table = tables.get(node.input[0]) if node.op_type == "Gather" and not axis_of(node) else None
-        if table is None or table.data_type != onnx.TensorProto.FLOAT:
-            nodes.append(node)
-            continue
-        values = numpy_helper.to_array(table)
-        scales = np.maximum(np.abs(values).max(axis=1, keepdims=True), 1e-12) / 127  # [v, 1]
-        rounded = np.rint(values / scales).astype(np.int8)
-        nodes += look_up(node, graph, rounded, scales.astype(np.float32))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in graph.node for name in node.input}
-    kept = [value for value in graph.initializer if value.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def axis_of(node: onnx.NodeProto) -> int:
-    """The axis that a Gather node looks along."""
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
-
-
-def look_up(
-    node: onnx.NodeProto, graph: onnx.GraphProto, rows: NDArray[np.int8], scales: NDArray[np.float32]
-) -> list[onnx.NodeProto]:
-    """The nodes that do a Gather's work on int8 rows [v, h] with scales [v, 1], which are added to the graph."""
-    name = node.output[0]
-    graph.initializer.extend(
-        [numpy_helper.from_array(rows, f"{name}_rows"), numpy_helper.from_array(scales, f"{name}_scales")]
-    )
-    make = onnx.helper.make_node
-    return [
-        make("Gather", [f"{name}_rows", node.input[1]], [f"{name}_int8"]),
-        make("Cast", [f"{name}_int8"], [f"{name}_float"], to=onnx.TensorProto.FLOAT),
-        make("Gather", [f"{name}_scales", node.input[1]], [f"{name}_scale"]),
-        make("Mul", [f"{name}_float", f"{name}_scale"], [name]),
-    ]
 
 
 # Comparing
