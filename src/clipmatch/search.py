@@ -6,15 +6,16 @@ Knows nothing of folders on disk or of training. Shapes: n photographs, d number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.approximate import CANDIDATES, nearest
+from clipmatch.approximate import Approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder, Failure
@@ -25,10 +26,13 @@ from clipmatch.store import Filter, Photo, Store
 from clipmatch.vectors import Gallery
 
 Stacking: TypeAlias = Literal["show", "stack", "hide"]
+Order: TypeAlias = Callable[[int], NDArray[np.int64]]  # at most so many places, best first
 
 FUSION = 60  # constant of reciprocal rank fusion
 WORDS = 1000  # photographs that the words of names and captions contribute at most
 POOL = 10  # candidates for each match that is shown, for they may be near-duplicates of each other
+CANDIDATES = 2000  # rows of a very large gallery that are looked at
+EXACT = 300  # of them that are compared exactly, and as many more as a page may need
 BLOCK = 100  # matches that are put in order together, where they are to differ from each other
 RELEVANCE = 0.5  # weight of relevance against novelty
 
@@ -121,56 +125,80 @@ class Ranking:
     scores: NDArray[np.float32]
     confidences: NDArray[np.float64] | None
 
-    def order(self) -> NDArray[np.int64]:
-        """Places, best first: confidence allows for photographs that are near to every sentence."""
-        if self.confidences is None:
-            return np.argsort(-self.scores, kind="stable")
-        return np.lexsort((-self.scores, -self.confidences))
+    def best(self, most: int, among: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """At most so many of the places that are marked [n], best first: confidence allows for photographs that are
+        near to every sentence.
+        """
+        places = np.flatnonzero(among)
+        values = (self.scores if self.confidences is None else self.confidences)[places]
+        if most < len(places):  # sorting all takes far longer than finding the best
+            good = values >= np.partition(values, -most)[-most]
+            places, values = places[good], values[good]
+        return places[np.lexsort((-self.scores[places], -values))][:most]
 
 
 def search(
-    store: Store, gallery: Gallery, embedder: Embedder, calibration: Calibration | None, query: Query, request: Request
+    store: Store,
+    gallery: Gallery,
+    near: Approximate | None,
+    embedder: Embedder,
+    calibration: Calibration | None,
+    query: Query,
+    request: Request,
 ) -> Matches:
-    """The photographs of an index that match a query best.
+    """The photographs of an index that match a query best. near: knows which of a very large gallery to compare.
 
     Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
     """
     need_calibration(calibration, query, request)
-    if request.where:
-        gallery = gallery.part(gallery.places(store.numbers(request.where)))
-    if not len(gallery):
+    passing = gallery.places(store.numbers(request.where)) if request.where else None
+    searched = len(gallery) if passing is None else len(passing)
+    if not searched:
         return Matches(str(query), [])
     rows = query.vectors(embedder)
     named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
-    searched = len(gallery)
-    if not request.where:
-        gallery = narrowed(store, gallery, query, rows, named, request)
-    ranking = rank(gallery, rows, query, calibration, searched)
-    order = ranking.order()
-    allowed = permitted(gallery, embedder, calibration, request.exclude)
-    order = order[allowed[order]]
-    best = match_of(store, gallery, ranking, order[:1]) if len(order) else None
+    if near and not query.is_mixed and searched > candidates(request):
+        gallery, rough = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
+    else:
+        gallery, rough = gallery if passing is None else gallery.part(passing), None
+    ranking = rank(gallery, rows, query, calibration, searched, rough, EXACT + request.page * request.top_k * POOL)
+    shown = ~permitted(gallery, embedder, calibration, request.exclude)
+    vetoed = int(np.count_nonzero(shown))
+    best = [match_of(store, gallery, ranking, place) for place in ranking.best(1, ~shown)[:, None]]
+    among = ~shown
     if request.min_confidence is not None and ranking.confidences is not None:
-        order = order[ranking.confidences[order] >= request.min_confidence]
+        among &= ranking.confidences >= request.min_confidence
+    order: Order = partial(ranking.best, among=among)
     if len(named):
         places = gallery.places(named)
-        if request.min_confidence is not None and ranking.confidences is not None:
-            places = places[ranking.confidences[places] >= request.min_confidence]
-        order = fuse(order, places[allowed[places]])
+        order = order_of(fuse(order(len(gallery)), places[among[places]]))
     found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
-    vetoed = int(np.count_nonzero(~allowed))
-    return Matches(str(query), found, best=best, searched=searched, vetoed=vetoed)
+    return Matches(str(query), found, best=best[0] if best else None, searched=searched, vetoed=vetoed)
+
+
+def candidates(request: Request) -> int:
+    """How many rows of a very large gallery are worth looking at."""
+    return max(CANDIDATES, request.page * request.top_k * POOL)
 
 
 def narrowed(
-    store: Store, gallery: Gallery, query: Query, rows: NDArray[np.float32], named: NDArray[np.int64], request: Request
-) -> Gallery:
-    """Of a very large gallery, what is worth comparing: the probably nearest and the photographs with these numbers."""
-    if query.is_mixed:
-        return gallery
-    most = max(CANDIDATES, request.page * request.top_k * POOL)
-    places = nearest(store.path, store.content, gallery, sum_of_terms(query, rows), most)
-    return gallery if len(places) == len(gallery) else gallery.part(np.union1d(places, gallery.places(named)))
+    gallery: Gallery,
+    near: Approximate,
+    row: NDArray[np.float32],
+    passing: NDArray[np.int64] | None,
+    named: NDArray[np.int64],
+    request: Request,
+) -> tuple[Gallery, NDArray[np.float32]]:
+    """Of a very large gallery, what is worth looking at, and rough cosines [n]: the probably nearest of the places that
+    pass a filter, and the photographs with these numbers.
+    """
+    places, cosines = near.nearest(row, candidates(request), passing)
+    others = np.setdiff1d(gallery.places(named), places)
+    if passing is not None:
+        others = np.intersect1d(others, passing)
+    joined = np.concatenate([places, others])
+    order = np.argsort(joined)
+    return gallery.part(joined[order]), np.concatenate([cosines, gallery.rows[others] @ row])[order]
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
@@ -186,22 +214,41 @@ def need_calibration(calibration: Calibration | None, query: Query, request: Req
 
 
 def rank(
-    gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None, searched: int
+    gallery: Gallery,
+    rows: NDArray[np.float32],
+    query: Query,
+    calibration: Calibration | None,
+    searched: int,
+    rough: NDArray[np.float32] | None = None,
+    exact: int = 0,
 ) -> Ranking:
     """Terms' unit rows [t, d] -> how well each photograph matches. searched: photographs that the gallery stands for.
 
     Sentences, or examples, are added up as vectors. Cosines of a sentence are of another size than those of an
-    example, so where both occur each term's are standardised over the gallery first.
+    example, so where both occur each term's are standardised over the gallery first. rough: cosines [n] that are nearly
+    right; the best `exact` are compared.
     """
     if query.is_mixed:
         weights = query.weights
-        cosines = gallery.rows @ rows.T  # [n, t]
+        cosines = gallery.rows.cosines(rows)  # [n, t]
         spread = np.maximum(cosines.std(axis=0), 1e-6)
         return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
     row = sum_of_terms(query, rows)
-    calibrated = calibration if query.is_text else None
-    confidences = calibrated.probabilities(row, gallery.rows, gallery.background, searched) if calibrated else None
-    return Ranking(gallery.rows @ row, confidences)
+    if calibration is None or gallery.background is None or not query.is_text:
+        return Ranking(gallery.rows.cosines(row) if rough is None else refined(gallery, row, rough, rough, exact), None)
+    weigh = partial(calibration.evidence, row, background=gallery.background)
+    scores = gallery.rows.cosines(row) if rough is None else refined(gallery, row, rough, weigh(rough), exact)
+    return Ranking(scores, calibration.choose(weigh(scores), gallery.rows, searched))
+
+
+def refined(
+    gallery: Gallery, row: NDArray[np.float32], rough: NDArray[np.float32], values: NDArray[Any], most: int
+) -> NDArray[np.float32]:
+    """Rough cosines [n] -> [n], those with the highest values [n] compared exactly."""
+    best = np.sort(np.argpartition(-values, most)[:most]) if most < len(rough) else np.arange(len(rough))
+    scores: NDArray[np.float32] = rough.copy()
+    scores[best] = gallery.rows[best] @ row
+    return scores
 
 
 def sum_of_terms(query: Query, rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -230,32 +277,39 @@ def fuse(*orders: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array(sorted(points, key=lambda place: -points[place]), np.int64)
 
 
-def arrange(store: Store, gallery: Gallery, order: NDArray[np.int64], request: Request) -> list[NDArray[np.int64]]:
-    """Places, best first -> those of the page that is asked for, each with the near-duplicates below it.
+def order_of(places: NDArray[np.int64]) -> Order:
+    """The order of places that are in order already."""
+    return lambda most: places[:most]
+
+
+def arrange(store: Store, gallery: Gallery, order: Order, request: Request) -> list[NDArray[np.int64]]:
+    """The order of the places -> those of the page that is asked for, each with the near-duplicates below it.
 
     Whatever the pages' size, one page goes on where the one before has ended.
     """
     most = request.page * request.top_k
     needed = -(-most // BLOCK) * BLOCK if request.diverse else most
     if request.duplicates == "show":
-        stacks = [order[at : at + 1] for at in range(min(needed, len(order)))]
+        stacks = list(order(needed)[:, None])
     else:
         stacks = make_stacks(store, gallery, order, needed)
     if request.diverse:
         blocks = [stacks[at : at + BLOCK] for at in range(0, len(stacks), BLOCK)]
-        stacks = [block[at] for block in blocks for at in diversify(gallery.rows[[int(stack[0]) for stack in block]])]
+        stacks = [
+            block[at] for block in blocks for at in diversify(gallery.rows[np.array([stack[0] for stack in block])])
+        ]
     if request.duplicates == "hide":
         stacks = [stack[:1] for stack in stacks]
     return stacks[most - request.top_k : most]
 
 
-def make_stacks(store: Store, gallery: Gallery, order: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
-    """Places, best first -> `most` stacks of near-duplicates, or as many as there are."""
+def make_stacks(store: Store, gallery: Gallery, order: Order, most: int) -> list[NDArray[np.int64]]:
+    """The order of the places -> `most` stacks of near-duplicates, or as many as there are."""
     size = most * POOL
     while True:
-        pool = order[:size]
+        pool = order(size)
         stacks = stack_places(pool, gallery.rows[pool], store.hashes(gallery.numbers[pool]), most)
-        if len(stacks) == most or len(pool) == len(order):
+        if len(stacks) == most or len(pool) < size:
             return stacks
         size *= 4
 
