@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,28 +127,41 @@ class Calibration:
         with np.errstate(invalid="ignore"):  # infinity times zero; refused below
             scores = rows @ query  # [n]
         settled = self.background(rows) if background is None else np.asarray(background, np.float32)
-        return self.choose(self.evidence(query, scores, settled), rows, searched or len(rows))
+        return self.choose(self.evidence(query)(scores, settled), rows, searched or len(rows))
 
-    def evidence(self, query_row: Floats, scores: Floats, background: Floats) -> NDArray[np.float64]:
-        """A query [d], its cosines with pictures [n] and their backgrounds [n] -> [n]: what speaks for each picture.
-
-        Raises ClipmatchError if a cosine is not finite.
+    def evidence(self, query_row: Floats) -> Callable[[Floats, Floats], NDArray[np.float64]]:
+        """A query [d] -> the function of its cosines with pictures [n] and their backgrounds [n] that gives what speaks
+        for each picture [n]. It raises ClipmatchError if a cosine is not finite.
         """
-        if not np.isfinite(scores).all():
-            raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
         constant, cosine, picture, query = self.weights
         known = constant + query * float(self.familiarity(query_row[None])[0])
-        return cosine * scores.astype(np.float64) + picture * background + known
 
-    def choose(self, evidence: NDArray[np.float64], rows: RowsByPlace, searched: int) -> NDArray[np.float64]:
+        def weigh(scores: Floats, background: Floats) -> NDArray[np.float64]:
+            if not np.isfinite(scores).all():
+                raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
+            return cosine * scores.astype(np.float64) + picture * background + known
+
+        return weigh
+
+    def choose(
+        self,
+        evidence: NDArray[np.float64],
+        rows: RowsByPlace,
+        searched: int,
+        sample: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
         """Evidence [n] -> probabilities [n] by the module's formula, where look-alikes are no rivals of each other.
 
-        rows: gives the rows at some places, of which only the best few are looked at. searched: as above.
+        rows: gives the rows at some places, of which only the best few are looked at. searched: pictures of the
+        collection. sample: evidence [s] of some of its pictures that are not among the n, drawn at random; they stand
+        for all of those.
         """
         count = len(evidence)
-        top = max(float(evidence.max()), 0.0)  # so that no exponential overflows
+        others = np.zeros(0) if sample is None else sample
+        top = max(float(evidence.max()), float(others.max(initial=0)))  # so that no exponential overflows
         odds = np.exp(evidence - top)
-        rivals = np.full(count, searched * np.exp(-top) + odds.sum())
+        unseen = (searched - count) * float(np.exp(others - top).mean()) if len(others) else 0.0
+        rivals = np.full(count, searched * np.exp(-top) + odds.sum() + unseen)
         best = np.argpartition(-evidence, RIVALS - 1)[:RIVALS] if count > RIVALS else np.arange(count)
         likely = rows[best]
         same = (likely @ likely.T >= self.alike).astype(np.float64)

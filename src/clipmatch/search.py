@@ -23,7 +23,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.exclusion import shows
 from clipmatch.query import Query
 from clipmatch.store import Filter, Photo, Store
-from clipmatch.vectors import Gallery
+from clipmatch.vectors import Gallery, are_among
 
 Stacking: TypeAlias = Literal["show", "stack", "hide"]
 Order: TypeAlias = Callable[[int], NDArray[np.int64]]  # at most so many places, best first
@@ -31,8 +31,8 @@ Order: TypeAlias = Callable[[int], NDArray[np.int64]]  # at most so many places,
 FUSION = 60  # constant of reciprocal rank fusion
 WORDS = 1000  # photographs that the words of names and captions contribute at most
 POOL = 10  # candidates for each match that is shown, for they may be near-duplicates of each other
-CANDIDATES = 2000  # rows of a very large gallery that are looked at
-EXACT = 300  # of them that are compared exactly, and as many more as a page may need
+CANDIDATES = 1000  # rows of a very large gallery that are looked at
+EXACT = 100  # of them that are compared exactly, and as many more as a page may need
 BLOCK = 100  # matches that are put in order together, where they are to differ from each other
 RELEVANCE = 0.5  # weight of relevance against novelty
 
@@ -158,10 +158,11 @@ def search(
     rows = query.vectors(embedder)
     named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
     if near and not query.is_mixed and searched > candidates(request):
-        gallery, rough = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
+        narrow = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
+        gallery, ranking = narrow.gallery, rank_narrowed(narrow, rows, query, calibration, searched, request)
     else:
-        gallery, rough = gallery if passing is None else gallery.part(passing), None
-    ranking = rank(gallery, rows, query, calibration, searched, rough, EXACT + request.page * request.top_k * POOL)
+        gallery = gallery if passing is None else gallery.part(passing)
+        ranking = rank(gallery, rows, query, calibration)
     shown = ~permitted(gallery, embedder, calibration, request.exclude)
     vetoed = int(np.count_nonzero(shown))
     best = [match_of(store, gallery, ranking, place) for place in ranking.best(1, ~shown)[:, None]]
@@ -176,6 +177,15 @@ def search(
     return Matches(str(query), found, best=best[0] if best else None, searched=searched, vetoed=vetoed)
 
 
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """Of a very large gallery: what is worth looking at, with rough cosines [n], and a sample of the rest."""
+
+    gallery: Gallery
+    rough: NDArray[np.float32]
+    rest: Gallery
+
+
 def candidates(request: Request) -> int:
     """How many rows of a very large gallery are worth looking at."""
     return max(CANDIDATES, request.page * request.top_k * POOL)
@@ -188,17 +198,20 @@ def narrowed(
     passing: NDArray[np.int64] | None,
     named: NDArray[np.int64],
     request: Request,
-) -> tuple[Gallery, NDArray[np.float32]]:
-    """Of a very large gallery, what is worth looking at, and rough cosines [n]: the probably nearest of the places that
-    pass a filter, and the photographs with these numbers.
-    """
+) -> Narrowed:
+    """What is probably nearest of the places that pass a filter, and the photographs with these numbers."""
     places, cosines = near.nearest(row, candidates(request), passing)
     others = np.setdiff1d(gallery.places(named), places)
     if passing is not None:
-        others = np.intersect1d(others, passing)
+        others = others[are_among(others, passing)]
     joined = np.concatenate([places, others])
     order = np.argsort(joined)
-    return gallery.part(joined[order]), np.concatenate([cosines, gallery.rows[others] @ row])[order]
+    rough = np.concatenate([cosines, gallery.rows[others] @ row])[order]
+    part = gallery.part(joined[order])
+    left = ~are_among(near.sample.numbers, part.numbers)
+    if passing is not None:
+        left &= are_among(near.sample.numbers, gallery.numbers[passing])
+    return Narrowed(part, rough, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
@@ -213,20 +226,11 @@ def need_calibration(calibration: Calibration | None, query: Query, request: Req
         raise ClipmatchError("Confidence is known for sentences only; leave out --min-confidence or the example.")
 
 
-def rank(
-    gallery: Gallery,
-    rows: NDArray[np.float32],
-    query: Query,
-    calibration: Calibration | None,
-    searched: int,
-    rough: NDArray[np.float32] | None = None,
-    exact: int = 0,
-) -> Ranking:
-    """Terms' unit rows [t, d] -> how well each photograph matches. searched: photographs that the gallery stands for.
+def rank(gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None) -> Ranking:
+    """Terms' unit rows [t, d] -> how well each photograph matches.
 
     Sentences, or examples, are added up as vectors. Cosines of a sentence are of another size than those of an
-    example, so where both occur each term's are standardised over the gallery first. rough: cosines [n] that are nearly
-    right; the best `exact` are compared.
+    example, so where both occur each term's are standardised over the gallery first.
     """
     if query.is_mixed:
         weights = query.weights
@@ -234,11 +238,31 @@ def rank(
         spread = np.maximum(cosines.std(axis=0), 1e-6)
         return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
     row = sum_of_terms(query, rows)
+    scores = gallery.rows.cosines(row)
     if calibration is None or gallery.background is None or not query.is_text:
-        return Ranking(gallery.rows.cosines(row) if rough is None else refined(gallery, row, rough, rough, exact), None)
-    weigh = partial(calibration.evidence, row, background=gallery.background)
-    scores = gallery.rows.cosines(row) if rough is None else refined(gallery, row, rough, weigh(rough), exact)
-    return Ranking(scores, calibration.choose(weigh(scores), gallery.rows, searched))
+        return Ranking(scores, None)
+    evidence = calibration.evidence(row)(scores, gallery.background)
+    return Ranking(scores, calibration.choose(evidence, gallery.rows, len(gallery)))
+
+
+def rank_narrowed(
+    narrow: Narrowed,
+    rows: NDArray[np.float32],
+    query: Query,
+    calibration: Calibration | None,
+    searched: int,
+    request: Request,
+) -> Ranking:
+    """The same for what was narrowed from `searched` photographs, whose best are compared exactly."""
+    gallery, row = narrow.gallery, sum_of_terms(query, rows)
+    most = EXACT + request.page * request.top_k * POOL
+    if calibration is None or gallery.background is None or narrow.rest.background is None or not query.is_text:
+        return Ranking(refined(gallery, row, narrow.rough, narrow.rough, most), None)
+    weigh = calibration.evidence(row)
+    scores = refined(gallery, row, narrow.rough, weigh(narrow.rough, gallery.background), most)
+    sample = weigh(narrow.rest.rows.cosines(row), narrow.rest.background)
+    evidence = weigh(scores, gallery.background)
+    return Ranking(scores, calibration.choose(evidence, gallery.rows, searched, sample))
 
 
 def refined(

@@ -167,9 +167,7 @@ class Gallery:
 
     def places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers -> places in the arrays, of those that are there."""
-        at = np.searchsorted(self.numbers, numbers)
-        at = np.minimum(at, max(len(self) - 1, 0))
-        return at[self.numbers[at] == numbers] if len(self) else np.empty(0, np.int64)
+        return np.searchsorted(self.numbers, numbers[are_among(numbers, self.numbers)])
 
     def part(self, places: NDArray[np.int64]) -> Gallery:
         """Only these places, which rise. Copies no rows."""
@@ -241,6 +239,12 @@ def write_gallery(path: Path, gallery: Gallery, mark: dict[str, Any]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def are_among(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which values [n] are among others, which rise."""
+    at = np.minimum(np.searchsorted(others, values), len(others) - 1)
+    return others[at] == values if len(others) else np.zeros(len(values), bool)
 
 
 def in_blocks(rows: Rows) -> Iterator[NDArray[np.float32]]:
