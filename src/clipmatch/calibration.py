@@ -131,14 +131,14 @@ class Calibration:
 
     def evidence(self, query_row: Floats) -> Callable[[Floats, Floats], NDArray[np.float64]]:
         """A query [d] -> the function of its cosines with pictures [n] and their backgrounds [n] that gives what speaks
-        for each picture [n]. It raises ClipmatchError if a cosine is not finite.
+        for each picture [n]. Raises ClipmatchError, as that function does, on what is not finite.
         """
+        check_finite(query_row)
         constant, cosine, picture, query = self.weights
         known = constant + query * float(self.familiarity(query_row[None])[0])
 
         def weigh(scores: Floats, background: Floats) -> NDArray[np.float64]:
-            if not np.isfinite(scores).all():
-                raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
+            check_finite(scores)
             return cosine * scores.astype(np.float64) + picture * background + known
 
         return weigh
@@ -241,6 +241,12 @@ class Calibration:
     def pictures(self) -> Floats:
         """The pictures of the bank, the same."""
         return self.bank.pictures.astype(np.float32)
+
+
+def check_finite(values: Floats) -> None:
+    """Raise ClipmatchError unless all values are finite."""
+    if not np.isfinite(values).all():
+        raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
 
 
 def nearest_mean(rows: Floats, bank_rows: Floats) -> Floats:

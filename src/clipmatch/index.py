@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from clipmatch.approximate import Approximate, approximate_file, build_approximate, open_approximate
 from clipmatch.calibration import Calibration
@@ -29,14 +32,17 @@ from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_fil
 
 Answer = TypeVar("Answer")
 
+FILTERS = 4  # whose places are remembered, for a page follows another
+
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """The derived files of an index, open. stamp: what they were at that time."""
+    """The derived files of an index, open. stamp: what they were at that time. passing: places by filter."""
 
     stamp: tuple[object, ...]
     gallery: Gallery
     near: Approximate | None
+    passing: dict[Filter, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class Index:
@@ -151,11 +157,24 @@ class Index:
         """`find`, for a query and a request that are made already."""
         with self.store.snapshot():
             check_model(self.store, self.embedder)  # another process may have changed it
-            return self._use(
-                lambda opened: search(
-                    self.store, opened.gallery, opened.near, self.embedder, self.calibration, query, request
-                )
-            )
+            return self._use(lambda opened: self._search(opened, query, request))
+
+    def _search(self, opened: Opened, query: Query, request: Request) -> Matches:
+        passing = self._passing(opened, request.where)
+        return search(self.store, opened.gallery, opened.near, passing, self.embedder, self.calibration, query, request)
+
+    def _passing(self, opened: Opened, where: Filter) -> NDArray[np.int64] | None:
+        """Places of the photographs that pass a filter; None without one. The last filters' are remembered."""
+        if not where:
+            return None
+        if where not in opened.passing:
+            places = opened.gallery.places(self.store.numbers(where))
+            with self._opening:
+                for oldest in list(opened.passing)[: 1 - FILTERS]:
+                    opened.passing.pop(oldest, None)
+                opened.passing[where] = places
+            return places
+        return opened.passing[where]
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.

@@ -141,17 +141,19 @@ def search(
     store: Store,
     gallery: Gallery,
     near: Approximate | None,
+    passing: NDArray[np.int64] | None,
     embedder: Embedder,
     calibration: Calibration | None,
     query: Query,
     request: Request,
 ) -> Matches:
-    """The photographs of an index that match a query best. near: knows which of a very large gallery to compare.
+    """The photographs of an index that match a query best.
 
+    near: knows which of a very large gallery to compare. passing: places of the photographs that pass the request's
+    filter; None without one.
     Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
     """
     need_calibration(calibration, query, request)
-    passing = gallery.places(store.numbers(request.where)) if request.where else None
     searched = len(gallery) if passing is None else len(passing)
     if not searched:
         return Matches(str(query), [])
