@@ -35,12 +35,16 @@ MORE = 4  # times as many, where they held too few rows that pass
 
 
 class Approximate:
-    """An index that is open. May be used by several threads. sample: photographs drawn at random from the gallery."""
+    """An index that is open. May be used by several threads.
+
+    drawn: some places, rising, taken at random. sample: the photographs at those.
+    """
 
     def __init__(self, faiss: Any, index: Any, gallery: Gallery):
         self.faiss, self.index = faiss, index
         drawn = np.random.default_rng(0).choice(len(gallery), min(SAMPLE, len(gallery)), replace=False)
-        sample = gallery.part(np.sort(drawn))
+        self.drawn = np.sort(drawn)
+        sample = gallery.part(self.drawn)
         self.sample = replace(sample, rows=Rows(sample.rows[:]))  # in memory
         with contextlib.suppress(AttributeError):  # an index that is not mapped
             # By default it starts 32 threads for each query, to read ahead; that takes longer than the query.

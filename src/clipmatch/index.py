@@ -167,14 +167,14 @@ class Index:
         """Places of the photographs that pass a filter; None without one. The last filters' are remembered."""
         if not where:
             return None
-        if where not in opened.passing:
+        places = opened.passing.get(where)
+        if places is None:
             places = opened.gallery.places(self.store.numbers(where))
             with self._opening:
                 for oldest in list(opened.passing)[: 1 - FILTERS]:
-                    opened.passing.pop(oldest, None)
+                    del opened.passing[oldest]
                 opened.passing[where] = places
-            return places
-        return opened.passing[where]
+        return places
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.

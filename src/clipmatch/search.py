@@ -209,11 +209,10 @@ def narrowed(
     joined = np.concatenate([places, others])
     order = np.argsort(joined)
     rough = np.concatenate([cosines, gallery.rows[others] @ row])[order]
-    part = gallery.part(joined[order])
-    left = ~are_among(near.sample.numbers, part.numbers)
+    left = ~are_among(near.drawn, joined[order])
     if passing is not None:
-        left &= are_among(near.sample.numbers, gallery.numbers[passing])
-    return Narrowed(part, rough, near.sample.part(np.flatnonzero(left)))
+        left &= are_among(near.drawn, passing)
+    return Narrowed(gallery.part(joined[order]), rough, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
