@@ -14,8 +14,8 @@ time SQLite has to look for them, which is reported too). Beside it, in turns in
     usearch     an HNSW graph of float16 rows, if that package is installed
 
 Recall@10 of clipmatch is of the photographs on the page, by confidence, against comparing all rows; that of the others
-is of the nearest rows by cosine. Memory is that of a process of its own that has opened index and model and answered all
-queries, which Linux tells. Writes warm_query.json, warm_query.md and warm_query.png into FOLDER.
+is of the nearest rows by cosine. Memory is what a process of its own holds that has opened index and model and answered
+all queries (known on Linux). Writes warm_query.json, warm_query.md and warm_query.png into FOLDER.
 """
 
 import argparse
@@ -51,14 +51,15 @@ EXPANSION = 512  # of the graphs
 
 READER = """
 import json, sys
+from pathlib import Path
 from clipmatch.index import Index
 from clipmatch.search import Request
 from clipmatch.query import parse_query
 with Index.open(sys.argv[1], create=False) as index:
     for text in json.load(open(sys.argv[2])):
         index.answer(parse_query(text), Request(top_k=10, duplicates="show"))
-    pages = int(open("/proc/self/statm").read().split()[1])
-    print(pages * 4096 / 1e6)
+    statm = Path("/proc/self/statm")
+    print(int(statm.read_text().split()[1]) * 4096 / 1e6 if statm.exists() else "nan")
 """
 
 
@@ -215,7 +216,7 @@ def measure(count, base, model, texts, rounds, folder):
     cases |= {name: lambda ask=ask: [ask(query) for query in some] for name, ask in peers.ask.items()}
     near = quick._open().near
     cases["product, batch"] = lambda: rows @ some.T
-    cases["candidates, batch"] = lambda: near.index.search(some, BEST)
+    cases["candidates, batch"] = lambda: near.index.search(some, search.CANDIDATES)
     cases |= {f"{name}, batch": lambda ask=ask: ask(some) for name, ask in peers.many.items()}
     near.index.nprobe = approximate.PROBES
     times = in_turns({name: lambda case=case: timed(case) / ASKED for name, case in cases.items()}, rounds)
