@@ -97,9 +97,8 @@ def fixed_text(fixed: Fixed) -> str:
 
     left_out = ", ".join(f"{name} ({count:,})" for name, count in fixed.left_out.items() if count)
     files = ", ".join(map(str, (fixed.file, *fixed.splits)))
-    return (
-        f"\nwrote {files}: {plural(fixed.kept, 'caption')}; left out: {left_out or 'nothing'}\ntrain: {fixed.command}"
-    )
+    wrote = f"wrote {files}: {plural(fixed.kept, 'caption')}; left out: {left_out or 'nothing'}"
+    return "\n".join(["", wrote, *fixed.remarks, f"train: {fixed.command}"])
 
 
 @data_group.command("show")

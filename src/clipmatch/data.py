@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ SPLITS = {  # what data sets call the parts
     "dev": ("dev", "val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as broken JSON has it: no text in UTF-8 holds it
 LEAVES = "leaves the image folder"
 NAMES = 1 << 18  # file names whose checks are remembered: each comes once a caption
 OFFICIAL_SPLITS = (
@@ -209,15 +211,16 @@ def gather(
         if isinstance(entry, LineNote):
             dropped.append(replace(entry, unit=unit))
             continue
-        name, caption = name_below(folders, normal_name(entry.image)), entry.caption.strip()
+        name, caption = name_below(folders, normal_name(entry.image)), SURROGATE.sub("\ufffd", entry.caption).strip()
         problem = problem_of(name, caption)
         if problem is not None:
             dropped.append(LineNote(entry.line, problem, unit))
             continue
         changed = name != entry.image or caption != entry.caption
         kept.append(replace(entry, image=name, caption=caption) if changed else entry)
-        if entry.repair:
-            repaired.append(LineNote(entry.line, entry.repair, unit))
+        note = LineNote(entry.line, entry.repair, unit)
+        if entry.repair and repaired[-1:] != [note]:  # a record has perhaps five captions
+            repaired.append(note)
     return tuple(kept), tuple(repaired), tuple(dropped)
 
 
