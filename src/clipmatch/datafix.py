@@ -1,8 +1,8 @@
 """A clean copy of a caption file.
 
 In: captions that were read, what was found in them, a path. Out: a CSV file that `formats` reads back, with a column
-for the parts that the captions themselves tell, beside it split files if the data set has some, and what was left out. Never touches the caption file, its images or anything that
-is there already.
+for the parts that the captions themselves tell, beside it split files if the data set has some, and what was left out.
+Never touches the captions, their images or anything that is there already.
 
 Suspicions (near copies, mislabelled captions) are not acted on: they need a person's eye.
 """
