@@ -10,7 +10,7 @@ from clipmatch.cli import main
 from clipmatch.config import TrainConfig
 from clipmatch.data import load_captions, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.plan import in_words, plan_run
+from clipmatch.plan import Part, describe, in_words, plan_run
 from clipmatch.training import train
 
 
@@ -59,6 +59,10 @@ def test_nothing_is_cached_where_both_towers_learn(scenes, model_folder, tmp_pat
     plan = plan_run(split_captions(load_captions(scenes)), settings, model_folder)
     assert plan.cache == 0
     assert "disk    no features are cached" in str(plan)
+
+
+def test_a_tower_that_is_a_graph_has_no_weights_to_count():
+    assert describe(Part("text tower", 0, 0, 5e-5)) == "learn   nothing of the text tower, which stays an ONNX graph"
 
 
 def test_what_the_run_would_refuse(scenes, model_folder, tmp_path):

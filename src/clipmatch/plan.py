@@ -183,6 +183,8 @@ def part(name: str, parameters: Iterable[nn.Parameter], rate: float) -> Part:
 
 def describe(one: Part) -> str:
     """A part, in a line."""
+    if not one.weights:
+        return f"learn   nothing of the {one.name}, which stays an ONNX graph"
     rate = f", peak rate {one.rate:g}" if one.learning else ""
     return f"learn   {one.learning / 1e6:.2f} of {one.weights / 1e6:.2f} million weights of the {one.name}{rate}"
 

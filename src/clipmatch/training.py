@@ -27,8 +27,9 @@ from clipmatch.modelfolder import EMBEDDED_NAME, IMAGE_GRAPH, WEIGHTS, find_fold
 from clipmatch.preprocess import Tokenizer
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import note, note_quirks
+from clipmatch.runstate import STATE
 from clipmatch.runtime import seed_everything
-from clipmatch.trainer import STATE, Result, Trainer
+from clipmatch.trainer import Result, Trainer
 
 
 def train(
