@@ -61,7 +61,8 @@ class RunState:
             self.scaler.load_state_dict(state["scaler"])
         if not (folder / NEIGHBOURS).is_file():
             return None
-        return load_file(folder / NEIGHBOURS)["neighbours"].clone()
+        neighbours: Tensor = load_file(folder / NEIGHBOURS)["neighbours"]
+        return neighbours.clone()
 
 
 class SaveClock:
