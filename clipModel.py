@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from clipmatch.config import DEFAULT_TEXT_TOWER, PreprocessConfig
 from clipmatch.model import CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
+from clipmatch.tokenizer import Tokenizer
 
 __all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "tokenizer", "transform"]
 

@@ -21,9 +21,10 @@ from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
 from clipmatch.data import load_captions, split_captions
 from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
 from clipmatch.runtime import seed_everything, usable_cores
 from clipmatch.scenes import generate
+from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Trainer
 
 STEPS = 3

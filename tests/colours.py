@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from clipmatch.embedder import Failure, ImageEmbeddings
+from clipmatch.embedder import ImageEmbeddings
+from clipmatch.errors import Failure
 from clipmatch.preprocess import ImageError, load_image
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}

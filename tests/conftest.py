@@ -17,8 +17,9 @@ from clipmatch.config import ModelConfig, PreprocessConfig
 from clipmatch.data import load_captions
 from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
 from clipmatch.scenes import generate
+from clipmatch.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # models this small lose more by sharing out their work than they gain
 

@@ -18,8 +18,9 @@ from clipmatch.config import PreprocessConfig, to_json
 from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model, read_batches
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import config_values, write_json
-from clipmatch.preprocess import Tokenizer, load_image
+from clipmatch.preprocess import load_image
 from clipmatch.runtime import choose_device, choose_precision, seed_everything, usable_cores
+from clipmatch.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clipmatch.data import CaptionedImage, CaptionSet, content_hash
-from clipmatch.embedder import Failure, ImageEmbeddings
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import ImageEmbeddings
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.evaluation import bootstrap_interval, chance_level, evaluate, measure, recall_at_k, retrieval_ranks
 
 
@@ -248,7 +248,7 @@ def test_a_model_folder_is_evaluated_like_the_model_in_it(tmp_path):
     from clipmatch.checkpoint import create_checkpoint, save_checkpoint
     from clipmatch.config import ModelConfig
     from clipmatch.embedder import load_model
-    from clipmatch.preprocess import Tokenizer
+    from clipmatch.tokenizer import Tokenizer
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     image = {"model_type": "vit", "image_size": 32, "patch_size": 16, **sizes}

@@ -18,12 +18,13 @@ from clipmatch import export as module
 from clipmatch.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipmatch.cli import main
 from clipmatch.config import PreprocessConfig
-from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model, open_session
+from clipmatch.embedder import OnnxEmbedder, TorchEmbedder, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.export import export_model, largest_difference, random_texts, write_graphs
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform, load_image
 from clipmatch.quantisation import byte_scale, quantise_weights
+from clipmatch.session import open_session
 
 FILES = {"config.json", "tokenizer.json", "image.onnx", "text.onnx"}
 

@@ -15,8 +15,7 @@ from colours import ColourEmbedder, paint
 from PIL import ExifTags, Image
 
 from clipmatch.crawl import list_images, walk
-from clipmatch.embedder import Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.index import Index
 from clipmatch.store import UPGRADES, Filter, Store
 

@@ -12,8 +12,8 @@ from clipmatch import search
 from clipmatch.calibration import Bank, Calibration
 from clipmatch.crawl import Stamp, list_images
 from clipmatch.duplicates import group_near
-from clipmatch.embedder import Failure, ImageEmbeddings, load_model
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import ImageEmbeddings, load_model
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.index import Index, find_matches
 from clipmatch.metadata import Metadata
 from clipmatch.preprocess import load_image

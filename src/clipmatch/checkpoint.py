@@ -37,7 +37,8 @@ from clipmatch.modelfolder import (
     read_config,
     write_json,
 )
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
+from clipmatch.tokenizer import Tokenizer
 
 PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
 

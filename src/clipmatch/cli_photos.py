@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import EMBEDDED, TEXT_GRAPH
 from clipmatch.output import OutputOptions, output_options, printable, report_failures, write_matches
+from clipmatch.session import open_ahead
 
 if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
@@ -270,6 +272,8 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
     the next query is quick. A calibrated model says how probable it is that a photograph is the one described (the
     column "conf").
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
+    if not options["model"]:
+        open_ahead(EMBEDDED / TEXT_GRAPH)  # nearly every index is of that model, and most queries have words
     from clipmatch.embedder import load_model
     from clipmatch.query import parse_query
     from clipmatch.search import Request, need_calibration

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clipmatch.checkpoint import Checkpoint, atomic_folder, model_config, refuse_foreign, write_extra
 from clipmatch.config import to_json
-from clipmatch.embedder import OnnxEmbedder, embedded_folder, open_session, output_shape
+from clipmatch.embedder import OnnxEmbedder, embedded_folder
 from clipmatch.errors import ClipmatchError
 from clipmatch.export import BOUND, FILES, largest_difference, random_pixels, random_texts
 from clipmatch.model import CLIPModel
@@ -45,6 +45,7 @@ from clipmatch.modelfolder import (
     write_json,
 )
 from clipmatch.preprocess import Transform
+from clipmatch.session import open_session, output_shape
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from clipmatch.embedder import Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.metadata import sidecar_stamp
 

@@ -19,8 +19,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from clipmatch.config import ModelConfig, TrainConfig
 from clipmatch.data import CaptionedImage, Splits, load_captions, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.preprocess import Tokenizer
 from clipmatch.scenes import generate
+from clipmatch.tokenizer import Tokenizer
 
 SIZE = 64  # pixels of a scene
 QUERY_COUNT = 4

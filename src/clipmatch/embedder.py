@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from tqdm import tqdm
 
 from clipmatch.calibration import Calibration
 from clipmatch.config import INIT_LOGIT_SCALE, PreprocessConfig, from_json
-from clipmatch.errors import ClipmatchError, reason_of
+from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
@@ -42,29 +40,24 @@ from clipmatch.modelfolder import (
     read_config,
 )
 from clipmatch.pipeline import in_order
-from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
+from clipmatch.session import asked_for_only, open_session, output_shape
+from clipmatch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, RunOptions
+    from onnxruntime import InferenceSession
+    from PIL.Image import Image
 
     from clipmatch.checkpoint import Checkpoint
+    from clipmatch.preprocess import Transform
 
 BATCH = 64
 LOT = 8  # pictures that a core takes through an ONNX graph at once: they stay in its cache
 INSTALL = 'pip install "clipmatch[train]"'
 
 EncodePixels: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-ReadImage: TypeAlias = Callable[[Path, int | None], Image.Image]  # as `load_image`
+ReadImage: TypeAlias = "Callable[[Path, int | None], Image]"  # as `load_image`
 EncodeStrings: TypeAlias = Callable[[list[str]], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A file that could not be used, and why."""
-
-    path: Path
-    reason: str
 
 
 def missing_files(names: Iterable[str]) -> list[Failure]:
@@ -88,11 +81,12 @@ class Embedder(Protocol):
     dim: int
 
     def embed_images(
-        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage = load_image
+        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage | None = None
     ) -> ImageEmbeddings:
         """Paths -> unit rows for those that can be read; a bad file is a `Failure`, never an exception.
 
-        read: how a file becomes a picture, with the size below which neither side may fall; called from threads.
+        read: how a file becomes a picture, with the size below which neither side may fall, if not by `load_image`;
+        called from threads.
         """
         ...
 
@@ -104,19 +98,26 @@ class Embedder(Protocol):
 class BatchedEmbedder(ABC):
     """What embedders share: each core reads some files and takes them through the model; bad ones become failures.
 
-    A subclass sets `fingerprint`, `dim` and `transform`, and computes `encode_pixels` and `encode_strings`. folder: the
-    model folder that it was loaded from, if there is one. name: what `load_model` loads it by, from any directory; None
-    for the one that comes with clipmatch. logit_scale: the factor between cosine and logit that it was trained with.
-    lot: pictures encoded at once. Threads may share an embedder.
+    A subclass sets `fingerprint`, `dim` and `preprocess`, and computes `encode_pixels` and `encode_strings`. folder:
+    the model folder that it was loaded from, if there is one. name: what `load_model` loads it by, from any directory;
+    None for the one that comes with clipmatch. logit_scale: the factor between cosine and logit that it was trained
+    with. lot: pictures encoded at once. Threads may share an embedder.
     """
 
     fingerprint: str
     dim: int
-    transform: Transform
+    preprocess: PreprocessConfig
     folder: Path | None = None
     logit_scale: float = INIT_LOGIT_SCALE
     name: str | None = None
     lot: int = BATCH
+
+    @cached_property
+    def transform(self) -> Transform:
+        """What makes its pixels of a picture; a query in words does without it."""
+        from clipmatch.preprocess import Transform
+
+        return Transform(self.preprocess)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -134,7 +135,7 @@ class BatchedEmbedder(ABC):
         """B strings -> unit rows [b, d]."""
 
     def embed_images(
-        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage = load_image
+        self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage | None = None
     ) -> ImageEmbeddings:
         """Paths -> unit rows [n, d] for those that can be read."""
         return self.map_images(self.encode_pixels, (self.dim,), paths, progress, read)
@@ -149,9 +150,11 @@ class BatchedEmbedder(ABC):
         shape: tuple[int, ...],
         paths: Sequence[str | Path],
         progress: bool,
-        read: ReadImage = load_image,
+        read: ReadImage | None = None,
     ) -> ImageEmbeddings:
         """Paths -> what `encode` makes of their pixels, a row of `shape` for each file that can be read."""
+        from tqdm import tqdm
+
         files, failures, rows = [], [], []
 
         def work(part: list[Path]) -> tuple[PixelBatch, NDArray[np.float32] | None]:
@@ -177,9 +180,12 @@ class BatchedEmbedder(ABC):
         self, encode: EncodeStrings, shape: tuple[int, ...], texts: Sequence[str], progress: bool
     ) -> NDArray[np.float32]:
         """M strings -> [m, *shape]: what `encode` makes of them, in batches."""
-        starts = range(0, len(texts), BATCH * 4)
-        bar = tqdm(starts, desc="texts", unit="batch", disable=not progress or len(starts) < 8)
-        return stack([encode(list(texts[start : start + BATCH * 4])) for start in bar], shape)
+        starts: Iterable[int] = range(0, len(texts), BATCH * 4)
+        if progress and len(texts) > 8 * BATCH * 4:
+            from tqdm import tqdm  # a query does without it
+
+            starts = tqdm(starts, desc="texts", unit="batch")
+        return stack([encode(list(texts[start : start + BATCH * 4])) for start in starts], shape)
 
 
 class TorchEmbedder(BatchedEmbedder):
@@ -187,7 +193,7 @@ class TorchEmbedder(BatchedEmbedder):
 
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, precision: str | None = None):
         self.checkpoint = checkpoint
-        self.fingerprint, self.transform = checkpoint.fingerprint, checkpoint.transform
+        self.fingerprint, self.preprocess = checkpoint.fingerprint, checkpoint.transform.config
         reuse_memory()
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, precision or "float32")
@@ -230,15 +236,14 @@ class OnnxEmbedder(BatchedEmbedder):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._opening = Lock()  # the first pictures come to all cores at once
+        self._opening = {name: Lock() for name in (IMAGE_GRAPH, TEXT_GRAPH)}  # several threads may want one at once
         values = read_config(self.folder)
         try:
             self.dim, self.max_length = int(values["model"]["embed_dim"]), int(values["model"]["max_length"])
-            self.transform = Transform(from_json(PreprocessConfig, values["preprocess"]))
-            self.tokenizer = Tokenizer.from_file(self.folder / TOKENIZER)
+            self.preprocess = from_json(PreprocessConfig, values["preprocess"])
         except (ClipmatchError, LookupError, TypeError, ValueError) as error:
             raise self._damaged(error) from error
-        for name in (IMAGE_GRAPH, TEXT_GRAPH):
+        for name in (IMAGE_GRAPH, TEXT_GRAPH, TOKENIZER):
             if not (self.folder / name).is_file():
                 raise self._damaged(f"it has no {name}")
         self.about: dict[str, Any] = values.get("about", {})
@@ -278,10 +283,18 @@ class OnnxEmbedder(BatchedEmbedder):
         shape = output_shape(self.text_session, output)
         return self.map_texts(lambda batch: self.run_text(batch, output), shape, texts, progress)
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the text graph."""
+        try:
+            return Tokenizer.from_file(self.folder / TOKENIZER)
+        except ClipmatchError as error:
+            raise self._damaged(error) from error
+
     @property
     def image_session(self) -> InferenceSession:
         """The image graph, ready to be run by several threads, each on a core of its own."""
-        with self._opening:
+        with self._opening[IMAGE_GRAPH]:
             return self._image_session
 
     @cached_property
@@ -293,9 +306,14 @@ class OnnxEmbedder(BatchedEmbedder):
             raise self._damaged(f"{IMAGE_GRAPH} takes pictures of {found}, {CONFIG} says {[side, side, 3]}")
         return session
 
-    @cached_property
+    @property
     def text_session(self) -> InferenceSession:
         """The text graph, ready to run."""
+        with self._opening[TEXT_GRAPH]:
+            return self._text_session
+
+    @cached_property
+    def _text_session(self) -> InferenceSession:
         return self._open(TEXT_GRAPH, ["input_ids", "attention_mask"])
 
     def _open(self, name: str, inputs: list[str], threads: int | None = None) -> InferenceSession:
@@ -323,33 +341,6 @@ class OnnxEmbedder(BatchedEmbedder):
 
     def _damaged(self, why: object) -> ClipmatchError:
         return ClipmatchError(f"The model folder {self.folder} is damaged ({reason_of(why)}); copy or export it again.")
-
-
-def open_session(path: Path, threads: int | None = None) -> InferenceSession:
-    """An ONNX file -> a session on as many threads as this process may use cores, or on `threads`."""
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()  # its own count knows nothing of a container's quota
-    options.log_severity_level = 3  # errors: its warnings are of no use to a person who searches
-    return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def asked_for_only() -> RunOptions:
-    """How to run a graph without computing the outputs that are not asked for."""
-    from onnxruntime import RunOptions
-
-    options = RunOptions()
-    options.only_execute_path_to_fetches = True
-    return options
-
-
-def output_shape(session: InferenceSession, name: str) -> tuple[int, ...]:
-    """The shape of one row of the output called `name`. Raises ClipmatchError if the graph has no such output."""
-    shapes = {value.name: tuple(value.shape[1:]) for value in session.get_outputs()}
-    if name not in shapes:
-        raise ClipmatchError(f"The model has no output {name!r}; it has {', '.join(shapes)}.")
-    return shapes[name]
 
 
 # Loading
@@ -435,15 +426,18 @@ class PixelBatch:
 
 
 def read_batches(
-    paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage = load_image
+    paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage | None = None
 ) -> Iterator[PixelBatch]:
     """Decode files in threads, some batches ahead of the consumer, in order. A bad file ends up in `failures`."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         yield from in_order(lambda part: read_batch(part, transform, read), parts(paths, size), pool)
 
 
-def read_batch(paths: list[Path], transform: Transform, read: ReadImage) -> PixelBatch:
+def read_batch(paths: list[Path], transform: Transform, read: ReadImage | None) -> PixelBatch:
     """Decode some files; a bad one ends up in `failures`."""
+    from clipmatch.preprocess import ImageError, load_image
+
+    read = read or load_image
     pixels, good, failures = [], [], []
     for path in paths:
         try:

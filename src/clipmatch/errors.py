@@ -1,4 +1,7 @@
-"""The one exception that a person is meant to read."""
+"""What a person is meant to read of things that went wrong: the one exception, and files that can't be used."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 
 class ClipmatchError(Exception):
@@ -7,6 +10,14 @@ class ClipmatchError(Exception):
     Its text is one sentence (or two) that says which thing, what is wrong with it, and what to do. The command line
     prints it on stderr and exits with status 1; library code lets it rise.
     """
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that could not be used, and why."""
+
+    path: Path
+    reason: str
 
 
 def reason_of(error: object) -> str:

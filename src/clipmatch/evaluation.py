@@ -21,7 +21,8 @@ from clipmatch.embedder import missing_files
 from clipmatch.errors import ClipmatchError
 
 if TYPE_CHECKING:
-    from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
+    from clipmatch.embedder import Embedder, ImageEmbeddings
+    from clipmatch.errors import Failure
 
 Integers: TypeAlias = NDArray[np.int64]
 Figures: TypeAlias = dict[str, dict[str, Any]]

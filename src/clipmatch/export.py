@@ -42,8 +42,9 @@ from clipmatch.modelfolder import (
     fingerprint_of,
     write_json,
 )
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
 from clipmatch.quantisation import quantise_convolutions, quantise_weights, quiet
+from clipmatch.tokenizer import Tokenizer
 
 BOUND = 1e-4  # the largest 1 - cosine between PyTorch's embedding and the float graph's that is accepted
 INT8_BOUND = 0.05

@@ -28,8 +28,7 @@ from tqdm import tqdm
 from clipmatch.archive import read_bytes
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import to_json
-from clipmatch.embedder import Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.model import hidden_width, tower_config, trained_part
 from clipmatch.preprocess import ImageError, load_image
 from clipmatch.runtime import Precision, cache_folder

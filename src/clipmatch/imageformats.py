@@ -12,9 +12,10 @@ import io
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import ExifTags, Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 RAW_SUFFIXES = frozenset((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"))
@@ -28,6 +29,7 @@ NEEDED_RAW = NEEDED.format("RAW", "rawpy")
 NEEDED_AVIF = "AVIF pictures need a Pillow that was built with AVIF: pip install --upgrade --force-reinstall pillow"
 LACKING = frozenset((NEEDED_HEIF, NEEDED_RAW, NEEDED_AVIF))
 
+ORIENTATION_TAG = 0x0112  # of EXIF
 ORIENTATION = {0: 1, 3: 3, 5: 8, 6: 6}  # how LibRaw says which way up -> how EXIF does
 RAW_SIZE = "raw_size"  # in `info` of an opened RAW file: width and height of the photograph, upright
 
@@ -95,6 +97,7 @@ def open_raw(file: IO[bytes]) -> Image.Image:
 
 def preview_of(rawpy: Any, raw: Any) -> Image.Image:
     """The preview, or the developed picture, whose EXIF orientation tells which way up it is."""
+    from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
 
     try:
@@ -102,7 +105,7 @@ def preview_of(rawpy: Any, raw: Any) -> Image.Image:
     except (rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError):
         return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=True))  # upright
     image = JpegImageFile(io.BytesIO(data), "") if isinstance(data, bytes) else Image.fromarray(data)
-    image.getexif().setdefault(ExifTags.Base.Orientation, ORIENTATION.get(raw.sizes.flip, 1))
+    image.getexif().setdefault(ORIENTATION_TAG, ORIENTATION.get(raw.sizes.flip, 1))
     return image
 
 
@@ -112,10 +115,10 @@ def take_exif(image: Image.Image, file: IO[bytes]) -> None:
     It keeps its orientation, since only some previews lie as the sensor did.
     """
     exif = image.getexif()
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    orientation = exif.get(ORIENTATION_TAG, 1)
     try:
         file.seek(0)
         exif.load_from_fp(file)
     except Exception:  # not like a TIFF file, or damaged: what the preview has will do
         exif.load(image.info.get("exif", b""))
-    exif[ExifTags.Base.Orientation] = orientation
+    exif[ORIENTATION_TAG] = orientation

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 from clipmatch.approximate import Approximate, approximate_file, build_approximate, open_approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
-from clipmatch.embedder import Embedder, Failure, load_model
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import Embedder, load_model
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
-from clipmatch.ingest import Summary, check_model, reembed, update
 from clipmatch.query import Query, Term, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
-from clipmatch.store import Filter, ModelName, Photo, Root, Store, default_index
+from clipmatch.store import Filter, ModelName, Photo, Root, Store, check_model, default_index
 from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
+
+if TYPE_CHECKING:
+    from clipmatch.ingest import Summary
 
 Answer = TypeVar("Answer")
 
@@ -123,6 +125,8 @@ class Index:
         roots = [
             changed(known.get(absolute(folder), Root(absolute(folder))), exclude, follow_links) for folder in folders
         ]
+        from clipmatch.ingest import update
+
         embedder = self.embedder
         with self.store.writer(wait):
             if self.store.model is None:
@@ -213,6 +217,8 @@ class Index:
         Until every photograph has its new vector the index answers with the old ones; interrupted, the next call goes
         on. Photographs whose files are gone or damaged leave the index, as failures say.
         """
+        from clipmatch.ingest import reembed
+
         embedder = load_model(model) if model is None or isinstance(model, str | Path) else model
         with self.store.writer():
             summary = reembed(self.store, embedder, name_of(embedder), progress)
@@ -302,6 +308,8 @@ def open_folders(
     What lies in other folders is in it too: search it with `Filter(folders=...)`. Raises ClipmatchError when a folder
     does not exist, or nothing in them can be searched.
     """
+    from clipmatch.ingest import update
+
     listed = [images] if isinstance(images, str | Path) else list(images)
     if not listed:
         raise ClipmatchError("The list of images is empty; name at least one.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from clipmatch.crawl import Found, Stamp, walk
-from clipmatch.embedder import Embedder, Failure, ImageEmbeddings
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import Embedder, ImageEmbeddings
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.metadata import Metadata
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
-from clipmatch.store import ModelName, Photo, Root, Store, default_index
+from clipmatch.store import ModelName, Photo, Root, Store, check_model
 
 BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
@@ -333,18 +332,3 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
         results = list(zip(paths, pool.map(digest, paths), strict=True))
     failures = [result for _, result in results if isinstance(result, Failure)]
     return {path: result for path, result in results if not isinstance(result, Failure)}, failures
-
-
-def check_model(store: Store, embedder: Embedder) -> None:
-    """Raise ClipmatchError if the store holds another model's vectors."""
-    bound = store.model
-    if bound and bound.fingerprint != embedder.fingerprint:
-        here = "" if store.path == default_index() else f" --index {shlex.quote(str(store.path))}"
-        own = getattr(embedder, "name", None)
-        change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
-        search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
-        old = "" if bound.name else " in the version of clipmatch that made it"
-        raise ClipmatchError(
-            f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
-            f"it over: {change}"
-        )

@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from PIL import ExifTags, Image, ImageFile
-
-from clipmatch.imageformats import RAW_SIZE
+from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+    from PIL import Image
 
 T = TypeVar("T")
 Words: TypeAlias = "tuple[str | None, list[str]]"  # a caption and keywords
@@ -37,7 +37,12 @@ MAX_CAPTION = 10_000  # characters
 
 FIRST_YEAR = 1826  # of the oldest photograph; a year 1 is a program's zero
 DATE = re.compile(r"(\d{4})[:/.-](\d\d?)[:/.-](\d\d?)(?:[ T]+(\d\d?):(\d\d?)(?::(\d\d?))?)?")
-DATE_TAGS = (ExifTags.Base.DateTimeOriginal, ExifTags.Base.DateTimeDigitized, ExifTags.Base.DateTime)
+
+# EXIF's numbers; Pillow has names for them, but every query would wait for Pillow
+DESCRIPTION, MAKE, MODEL = 0x010E, 0x010F, 0x0110
+DATE_TAGS = (0x9003, 0x9004, 0x0132)  # taken, digitised, changed
+EXIF_PART, GPS_PART = 0x8769, 0x8825
+LATITUDE_LETTER, LATITUDE, LONGITUDE_LETTER, LONGITUDE = 1, 2, 3, 4
 
 XMP_TAG = 0x02BC  # where TIFF-like files keep it
 DC = "{http://purl.org/dc/elements/1.1/}"
@@ -73,11 +78,18 @@ def read_metadata(path: Path, image: Image.Image, sidecars: bool = True) -> Meta
 
     sidecars: whether there may be any.
     """
-    exif = attempt(image.getexif) or Image.Exif()
+    exif = attempt(image.getexif) or no_exif()
     latitude, longitude = attempt(lambda: position_of(exif)) or (None, None)
     camera = attempt(lambda: camera_of(exif))
     caption = attempt(lambda: caption_of(path if sidecars else None, image, exif))
     return Metadata(*upright_size(image), attempt(lambda: taken_of(exif)), latitude, longitude, camera, caption)
+
+
+def no_exif() -> Image.Exif:
+    """EXIF data without any."""
+    from PIL.Image import Exif
+
+    return Exif()
 
 
 def attempt(read: Callable[[], T]) -> T | None:
@@ -105,14 +117,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) if there is none or its data are damaged: the picture itself may be sound."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:
         return 1
 
 
 def taken_of(exif: Image.Exif) -> datetime | None:
     """When the photograph was taken, else digitised, else changed. RAW files may keep the first in the main part."""
-    inner = attempt(lambda: exif.get_ifd(ExifTags.IFD.Exif)) or {}
+    inner = attempt(lambda: exif.get_ifd(EXIF_PART)) or {}
     found = (as_moment(part.get(tag)) for tag in DATE_TAGS for part in (inner, exif))
     return next((moment for moment in found if moment), None)
 
@@ -128,9 +140,9 @@ def as_moment(value: Any) -> datetime | None:
 
 def position_of(exif: Image.Exif) -> tuple[float, float] | None:
     """Latitude and longitude in degrees. Exactly 0, 0 is what a receiver without a fix writes."""
-    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
-    latitude = as_degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "NS", 90)
-    longitude = as_degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "EW", 180)
+    gps = exif.get_ifd(GPS_PART)
+    latitude = as_degrees(gps.get(LATITUDE), gps.get(LATITUDE_LETTER), "NS", 90)
+    longitude = as_degrees(gps.get(LONGITUDE), gps.get(LONGITUDE_LETTER), "EW", 180)
     if latitude is None or longitude is None or latitude == longitude == 0:
         return None
     return latitude, longitude
@@ -148,7 +160,7 @@ def as_degrees(value: Any, reference: Any, letters: str, limit: int) -> float | 
 
 def camera_of(exif: Image.Exif) -> str | None:
     """Make and model; the model alone if it names the make ("NIKON CORPORATION" and "NIKON D90")."""
-    make, model = as_text(exif.get(ExifTags.Base.Make)), as_text(exif.get(ExifTags.Base.Model))
+    make, model = as_text(exif.get(MAKE)), as_text(exif.get(MODEL))
     if not make or not model:
         return make or model
     own, maker = model.casefold(), make.casefold()
@@ -175,7 +187,7 @@ def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif) -> str |
         sources += [partial(xmp_file, packet) for packet in packets]
     sources.append(lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)))
     sources.append(lambda: iptc_words(image))
-    sources.append(lambda: (own_words([exif.get(ExifTags.Base.ImageDescription)]), []))
+    sources.append(lambda: (own_words([exif.get(DESCRIPTION)]), []))
     for source in sources:
         words, tags = attempt(source) or (None, [])
         caption, keywords = caption or words, keywords or tags
@@ -207,9 +219,10 @@ def dublin_core(root: Element, name: str) -> Iterator[str | None]:
 
 def iptc_words(image: Image.Image) -> Words:
     """The IPTC caption and keywords of a JPEG or TIFF file."""
+    from PIL.ImageFile import ImageFile
     from PIL.IptcImagePlugin import getiptcinfo
 
-    if not isinstance(image, ImageFile.ImageFile):
+    if not isinstance(image, ImageFile):
         return None, []
     block: dict[tuple[int, int], Any] = getiptcinfo(image) or {}
     return own_words(as_list(block.get(IPTC_CAPTION))), texts(as_list(block.get(IPTC_KEYWORDS)))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from clipmatch.config import DEFAULT_IMAGE_TOWER, DEFAULT_TEXT_TOWER, ModelConfig
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
-from clipmatch.preprocess import Tokenizer, Transform
+from clipmatch.preprocess import Transform
+from clipmatch.tokenizer import Tokenizer
 
 Tower: TypeAlias = str | dict[str, Any]  # a hub name or local folder with weights, or a Hugging Face config without
 

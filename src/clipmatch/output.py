@@ -24,7 +24,7 @@ from clipmatch.errors import ClipmatchError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from clipmatch.embedder import Failure
+    from clipmatch.errors import Failure
     from clipmatch.search import Match, Matches
 
 Command = Callable[..., Any]
@@ -254,7 +254,7 @@ def place_matches(
     Never overwrites; what an earlier run has placed is left as it is. Raises ClipmatchError when a file is in the way
     or can't be written.
     """
-    from clipmatch.embedder import Failure
+    from clipmatch.errors import Failure
     from clipmatch.preprocess import plain_reason
 
     failures = []

@@ -23,8 +23,8 @@ from clipmatch.config import DataConfig, ModelConfig, TrainConfig
 from clipmatch.data import CaptionedImage, Splits
 from clipmatch.features import FeatureTable, cache_root
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Tokenizer
 from clipmatch.sources import CachedImages, CachedTexts
+from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Trainer, shape_of_epoch
 from clipmatch.training import find_state, read_splits, start_from
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from platformdirs import user_cache_path
-
 from clipmatch.errors import ClipmatchError
 
 if TYPE_CHECKING:
@@ -35,17 +32,56 @@ class Precision:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: affinity and, on Linux, the container's CPU quota."""
+    """The cores that this process may use: CLIPMATCH_THREADS, or else affinity and, on Linux, the container's quota.
+
+    Raises ClipmatchError if CLIPMATCH_THREADS is no whole number above 0.
+    """
+    asked = os.environ.get("CLIPMATCH_THREADS")
+    if asked:
+        if not asked.isdecimal() or not int(asked):
+            raise ClipmatchError(f"CLIPMATCH_THREADS is {asked!r}; give a whole number of threads, such as 2.")
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(int(quota) for quota in cpu_quotas())]))
+
+
+def cpu_quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """What control groups leave to this process, in cores: its own group and those around it; empty without a limit.
+
+    Version 2 keeps quota and period in cpu.max, version 1 in two files below cpu/. In a container the process's own
+    group is the root of what it sees.
+    """
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
-        return cores
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root
+        inside = top / path.lstrip("/")
+        for folder in {top, inside, *(parent for parent in inside.parents if parent.is_relative_to(top))}:
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such file; no limit: "max" or -1
+                quota, period = quota_of(folder, bool(controllers))
+                if quota > 0:
+                    found.append(quota / period)
+    return found
+
+
+def quota_of(folder: Path, first: bool) -> tuple[int, int]:
+    """Microseconds of computing in each period of so many. first: version 1. Raises OSError or ValueError."""
+    if first:
+        return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
+    quota, period = (folder / "cpu.max").read_text().split()
+    return int(quota), int(period)
 
 
 def cache_folder() -> Path:
     """Where what can be computed again is kept: CLIPMATCH_CACHE, or the system's place for caches."""
+    from platformdirs import user_cache_path
+
     return Path(os.environ.get("CLIPMATCH_CACHE") or user_cache_path("clipmatch"))
 
 
@@ -116,6 +152,7 @@ def cpu_features() -> set[str]:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
+    import numpy as np
     import torch
 
     random.seed(seed)

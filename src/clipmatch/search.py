@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from clipmatch.approximate import Approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
-from clipmatch.embedder import Embedder, Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import Embedder
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.exclusion import shows
 from clipmatch.query import Query
 from clipmatch.store import Filter, Photo, Store

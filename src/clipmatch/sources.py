@@ -21,13 +21,13 @@ from tqdm import tqdm
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import TrainConfig
 from clipmatch.data import CaptionedImage
-from clipmatch.embedder import Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.features import FeatureTable, image_features, text_features
 from clipmatch.mining import gather_neighbours
 from clipmatch.model import CLIPModel
-from clipmatch.preprocess import ImageError, Tokenizer, Transform, load_image
+from clipmatch.preprocess import ImageError, Transform, load_image
 from clipmatch.runtime import Precision
+from clipmatch.tokenizer import Tokenizer
 
 PLAIN = -1  # the epoch number that asks for unaugmented pictures
 DEV_BATCH = 128

@@ -13,24 +13,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sqlite3
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from platformdirs import user_data_path
 
 from clipmatch.crawl import Stamp
-from clipmatch.embedder import Failure
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.metadata import Metadata
+
+if TYPE_CHECKING:
+    from clipmatch.embedder import Embedder
 
 # Each entry takes a file from the version of its place to the next; a released one is never edited.
 UPGRADES = (
@@ -68,6 +68,8 @@ PATIENCE = 30  # seconds that a transaction waits for another process's
 
 def default_index() -> Path:
     """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
+    from platformdirs import user_data_path
+
     path = Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
     return path.expanduser().absolute()
 
@@ -207,6 +209,8 @@ class Store:
 
         A second one waits, and says so; without `wait` it raises ClipmatchError. The lock goes with its process.
         """
+        from filelock import FileLock, Timeout
+
         lock = FileLock(f"{self.path}.lock")
         try:
             lock.acquire(timeout=0)
@@ -227,7 +231,7 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._set("content", uuid.uuid4().hex)
+                self._set("content", os.urandom(16).hex())
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
@@ -513,6 +517,21 @@ def statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(text):
             yield text
             text = ""
+
+
+def check_model(store: Store, embedder: Embedder) -> None:
+    """Raise ClipmatchError if the store holds another model's vectors."""
+    bound = store.model
+    if bound and bound.fingerprint != embedder.fingerprint:
+        here = "" if store.path == default_index() else f" --index {shlex.quote(str(store.path))}"
+        own = getattr(embedder, "name", None)
+        change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
+        search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
+        old = "" if bound.name else " in the version of clipmatch that made it"
+        raise ClipmatchError(
+            f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
+            f"it over: {change}"
+        )
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
 from clipmatch.diagnosis import check_captions, check_epoch, check_features, check_rows
-from clipmatch.embedder import Failure, missing_files
-from clipmatch.errors import ClipmatchError
+from clipmatch.embedder import missing_files
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.evaluation import measure
 from clipmatch.mining import find_neighbours
 from clipmatch.model import Standardise

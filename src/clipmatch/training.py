@@ -24,11 +24,11 @@ from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to
 from clipmatch.data import Splits, load_captions, shortest_names, split_captions
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import EMBEDDED_NAME, IMAGE_GRAPH, WEIGHTS, find_folder, find_local
-from clipmatch.preprocess import Tokenizer
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import note, note_quirks
 from clipmatch.runstate import STATE
 from clipmatch.runtime import seed_everything
+from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Result, Trainer
 
 
