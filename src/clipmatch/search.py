@@ -203,16 +203,17 @@ def narrowed(
 ) -> Narrowed:
     """What is probably nearest of the places that pass a filter, and the photographs with these numbers."""
     places, cosines = near.nearest(row, candidates(request), passing)
-    others = np.setdiff1d(gallery.places(named), places)
-    if passing is not None:
-        others = others[are_among(others, passing.places)]
-    joined = np.concatenate([places, others])
-    order = np.argsort(joined)
-    rough = np.concatenate([cosines, gallery.rows[others] @ row])[order]
-    left = ~are_among(near.drawn, joined[order])
+    if len(named):
+        others = np.setdiff1d(gallery.places(named), places)
+        if passing is not None:
+            others = others[are_among(others, passing.places)]
+        places = np.concatenate([places, others])
+        order = np.argsort(places)
+        places, cosines = places[order], np.concatenate([cosines, gallery.rows[others] @ row])[order]
+    left = ~are_among(near.drawn, places)
     if passing is not None:
         left &= are_among(near.drawn, passing.places)
-    return Narrowed(gallery.part(joined[order]), rough, near.sample.part(np.flatnonzero(left)))
+    return Narrowed(gallery.part(places), cosines, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
