@@ -51,19 +51,15 @@ class Approximate:
             faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
 
     def nearest(
-        self, row: NDArray[np.float32], most: int, passing: NDArray[np.int64] | None = None
+        self, row: NDArray[np.float32], most: int, passing: Passing | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """A unit row [d] -> rising places [m] of about `most` rows that are probably nearest, and their rough cosines.
 
         passing: the places among which to look; None: all.
         """
         self.faiss.omp_set_num_threads(usable_cores())  # of this thread
-        selector, share = None, 1.0
-        if passing is not None:
-            mask = np.zeros(self.index.ntotal, bool)
-            mask[passing] = True
-            bits = np.packbits(mask, bitorder="little")
-            selector, share = self.faiss.IDSelectorBitmap(bits), len(passing) / len(mask)
+        selector = None if passing is None else passing.selector(self.faiss, self.index.ntotal)
+        share = 1.0 if passing is None else len(passing.places) / self.index.ntotal
         lists = self.index.nlist
         probes = min(lists, math.ceil(PROBES / share))
         while True:
@@ -75,6 +71,22 @@ class Approximate:
         good = np.flatnonzero((places[0] >= 0) & (places[0] < self.index.ntotal))
         good = good[np.argsort(places[0, good])]
         return places[0, good], cosines[0, good]
+
+
+class Passing:
+    """The places that pass a filter, rising, in the two forms that searches want; kept, for a page follows another."""
+
+    def __init__(self, places: NDArray[np.int64]):
+        self.places = places
+        self._selector: Any = None
+
+    def selector(self, faiss: Any, count: int) -> Any:
+        """One bit for each of `count` places, for FAISS."""
+        if self._selector is None:
+            mask = np.zeros(count, bool)
+            mask[self.places] = True
+            self._selector = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+        return self._selector
 
 
 def approximate_file(store: Path, content: str) -> Path:

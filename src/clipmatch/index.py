@@ -14,10 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from clipmatch.approximate import Approximate, approximate_file, build_approximate, open_approximate
+from clipmatch.approximate import Approximate, Passing, approximate_file, build_approximate, open_approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, load_model
@@ -39,12 +36,12 @@ FILTERS = 4  # whose places are remembered, for a page follows another
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """The derived files of an index, open. stamp: what they were at that time. passing: places by filter."""
+    """The derived files of an index, open. stamp: what they were at that time. passing: by filter."""
 
     stamp: tuple[object, ...]
     gallery: Gallery
     near: Approximate | None
-    passing: dict[Filter, NDArray[np.int64]] = field(default_factory=dict)
+    passing: dict[Filter, Passing] = field(default_factory=dict)
 
 
 class Index:
@@ -167,18 +164,18 @@ class Index:
         passing = self._passing(opened, request.where)
         return search(self.store, opened.gallery, opened.near, passing, self.embedder, self.calibration, query, request)
 
-    def _passing(self, opened: Opened, where: Filter) -> NDArray[np.int64] | None:
-        """Places of the photographs that pass a filter; None without one. The last filters' are remembered."""
+    def _passing(self, opened: Opened, where: Filter) -> Passing | None:
+        """What passes a filter; None without one. The last filters' are remembered."""
         if not where:
             return None
-        places = opened.passing.get(where)
-        if places is None:
-            places = opened.gallery.places(self.store.numbers(where))
+        found = opened.passing.get(where)
+        if found is None:
+            found = Passing(opened.gallery.places(self.store.numbers(where)))
             with self._opening:
                 for oldest in list(opened.passing)[: 1 - FILTERS]:
                     del opened.passing[oldest]
-                opened.passing[where] = places
-        return places
+                opened.passing[where] = found
+        return found
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.approximate import Approximate
+from clipmatch.approximate import Approximate, Passing
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder
@@ -141,7 +141,7 @@ def search(
     store: Store,
     gallery: Gallery,
     near: Approximate | None,
-    passing: NDArray[np.int64] | None,
+    passing: Passing | None,
     embedder: Embedder,
     calibration: Calibration | None,
     query: Query,
@@ -149,12 +149,12 @@ def search(
 ) -> Matches:
     """The photographs of an index that match a query best.
 
-    near: knows which of a very large gallery to compare. passing: places of the photographs that pass the request's
-    filter; None without one.
+    near: knows which of a very large gallery to compare. passing: what passes the request's filter; None
+    without one.
     Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
     """
     need_calibration(calibration, query, request)
-    searched = len(gallery) if passing is None else len(passing)
+    searched = len(gallery) if passing is None else len(passing.places)
     if not searched:
         return Matches(str(query), [])
     rows = query.vectors(embedder)
@@ -163,7 +163,7 @@ def search(
         narrow = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
         gallery, ranking = narrow.gallery, rank_narrowed(narrow, rows, query, calibration, searched, request)
     else:
-        gallery = gallery if passing is None else gallery.part(passing)
+        gallery = gallery if passing is None else gallery.part(passing.places)
         ranking = rank(gallery, rows, query, calibration)
     shown = ~permitted(gallery, embedder, calibration, request.exclude)
     vetoed = int(np.count_nonzero(shown))
@@ -197,22 +197,23 @@ def narrowed(
     gallery: Gallery,
     near: Approximate,
     row: NDArray[np.float32],
-    passing: NDArray[np.int64] | None,
+    passing: Passing | None,
     named: NDArray[np.int64],
     request: Request,
 ) -> Narrowed:
     """What is probably nearest of the places that pass a filter, and the photographs with these numbers."""
     places, cosines = near.nearest(row, candidates(request), passing)
-    others = np.setdiff1d(gallery.places(named), places)
+    if len(named):
+        others = np.setdiff1d(gallery.places(named), places)
+        if passing is not None:
+            others = others[are_among(others, passing.places)]
+        places = np.concatenate([places, others])
+        order = np.argsort(places)
+        places, cosines = places[order], np.concatenate([cosines, gallery.rows[others] @ row])[order]
+    left = ~are_among(near.drawn, places)
     if passing is not None:
-        others = others[are_among(others, passing)]
-    joined = np.concatenate([places, others])
-    order = np.argsort(joined)
-    rough = np.concatenate([cosines, gallery.rows[others] @ row])[order]
-    left = ~are_among(near.drawn, joined[order])
-    if passing is not None:
-        left &= are_among(near.drawn, passing)
-    return Narrowed(gallery.part(joined[order]), rough, near.sample.part(np.flatnonzero(left)))
+        left &= are_among(near.drawn, passing.places)
+    return Narrowed(gallery.part(places), cosines, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:

@@ -39,6 +39,7 @@ from clipmatch.store import Store
 
 FORMAT = 2  # 1 had one checksum for the whole file
 HEADER = 512  # bytes, JSON padded with blanks
+READ = getattr(os, "preadv", None)  # Windows has none; rows are mapped there
 BLOCK = 256  # rows read at once: a quarter of a megabyte, in the cache when they are compared
 ALONE = 64  # to read a row that lies alone takes as long as to compare so many that are in memory
 
@@ -129,11 +130,11 @@ class StoredRows(Rows):
 
     def read(self, place: int, rows: NDArray[np.float32]) -> None:
         """Fill rows with those from a place on."""
-        if not hasattr(os, "preadv"):  # Windows
+        if READ is None:
             rows[:] = self.mapped[place : place + len(rows)]
             return
         try:
-            done = os.preadv(self.descriptor, [rows.data], self.start + place * rows.strides[0])
+            done = READ(self.descriptor, [rows.data], self.start + place * rows.strides[0])
         except OSError:
             done = -1
         if done != rows.nbytes:
