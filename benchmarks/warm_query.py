@@ -30,15 +30,14 @@ import numpy as np
 from common import in_turns, machine, machine_line, ratio, run, table, timed, write_json
 
 from clipmatch import approximate, search
-from clipmatch.crawl import Stamp
 from clipmatch.data import load_captions, split_captions
 from clipmatch.embedder import load_model
 from clipmatch.index import Index, name_of
-from clipmatch.metadata import Metadata
+from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.query import Query, parse_query
 from clipmatch.runtime import usable_cores
 from clipmatch.search import Request
-from clipmatch.store import Filter, Photo
+from clipmatch.store import Filter
 
 NEIGHBOURS = 20
 NOISE = 0.3  # of a row's length

@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
-from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP, Metadata, sidecar_stamp
+from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP, sidecar_stamp
+from clipmatch.photo import Metadata
 from clipmatch.preprocess import ImageError, open_photo, read_header
 
 BASE, GPS = ExifTags.Base, ExifTags.GPS

@@ -17,9 +17,7 @@ from click.testing import CliRunner
 from PIL import ExifTags, Image
 from pseudoterminal import Terminal
 
-from clipmatch.crawl import Stamp
 from clipmatch.errors import ClipmatchError
-from clipmatch.metadata import Metadata
 from clipmatch.output import (
     OutputOptions,
     copy_file,
@@ -32,8 +30,8 @@ from clipmatch.output import (
     write_gallery,
     write_matches,
 )
+from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.search import Match, Matches
-from clipmatch.store import Photo
 
 HOSTILE = "<script>alert('1 & 2')</script>"
 

@@ -23,7 +23,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import NEEDED_AVIF, RAW_SUFFIXES, SUFFIXES, library, missing_library
-from clipmatch.metadata import Metadata
+from clipmatch.photo import Metadata
 from clipmatch.preprocess import (
     MAX_PIXELS,
     ImageError,

@@ -10,16 +10,16 @@ from PIL import Image
 
 from clipmatch import search
 from clipmatch.calibration import Bank, Calibration
-from clipmatch.crawl import Stamp, list_images
+from clipmatch.crawl import list_images
 from clipmatch.duplicates import group_near
 from clipmatch.embedder import ImageEmbeddings, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.index import Index, find_matches
-from clipmatch.metadata import Metadata
+from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.preprocess import load_image
 from clipmatch.query import Term, parse_query
 from clipmatch.search import Matches, Request
-from clipmatch.store import Filter, ModelName, Photo
+from clipmatch.store import Filter, ModelName
 
 
 def test_best_first(photos):

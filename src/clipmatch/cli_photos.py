@@ -24,9 +24,10 @@ from clipmatch.session import open_ahead
 if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
     from clipmatch.index import Index
+    from clipmatch.photo import Photo
     from clipmatch.query import Query
     from clipmatch.search import Matches, Request
-    from clipmatch.store import Filter, Photo
+    from clipmatch.store import Filter
 
 Command = Callable[..., Any]
 

@@ -14,17 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from clipmatch.errors import ClipmatchError, Failure
-from clipmatch.imageformats import SUFFIXES
+from clipmatch.imageformats import SUFFIXES, is_image_name
 from clipmatch.metadata import sidecar_stamp
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What changes when a file changes: size in bytes, modification time in ns, the same of its side-car files."""
-
-    size: int
-    mtime: int
-    sidecar: int = 0
+from clipmatch.photo import Stamp
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,6 @@ def list_images(folder: str | Path) -> list[Path]:
     if not found:
         raise ClipmatchError(f"The folder {root} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
     return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name looks like a visible picture."""
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
 
 
 def walk(folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = False) -> Iterator[Found | Failure]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,12 +38,13 @@ from clipmatch.modelfolder import (
     kind_of,
     read_config,
 )
-from clipmatch.pipeline import in_order
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.session import asked_for_only, open_session, output_shape
 from clipmatch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from onnxruntime import InferenceSession
     from PIL.Image import Image
 
@@ -155,6 +155,8 @@ class BatchedEmbedder(ABC):
         """Paths -> what `encode` makes of their pixels, a row of `shape` for each file that can be read."""
         from tqdm import tqdm
 
+        from clipmatch.pipeline import in_order
+
         files, failures, rows = [], [], []
 
         def work(part: list[Path]) -> tuple[PixelBatch, NDArray[np.float32] | None]:
@@ -174,6 +176,8 @@ class BatchedEmbedder(ABC):
     @cached_property
     def workers(self) -> ThreadPoolExecutor:
         """A thread for each core."""
+        from concurrent.futures import ThreadPoolExecutor
+
         return ThreadPoolExecutor(usable_cores(), "embed")
 
     def map_texts(
@@ -429,6 +433,10 @@ def read_batches(
     paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage | None = None
 ) -> Iterator[PixelBatch]:
     """Decode files in threads, some batches ahead of the consumer, in order. A bad file ends up in `failures`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from clipmatch.pipeline import in_order
+
     with ThreadPoolExecutor(usable_cores()) as pool:
         yield from in_order(lambda part: read_batch(part, transform, read), parts(paths, size), pool)
 

@@ -34,6 +34,11 @@ ORIENTATION = {0: 1, 3: 3, 5: 8, 6: 6}  # how LibRaw says which way up -> how EX
 RAW_SIZE = "raw_size"  # in `info` of an opened RAW file: width and height of the photograph, upright
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file name looks like a visible picture."""
+    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+
+
 def missing_library(path: Path) -> str | None:
     """The reason why no file with this suffix can be opened here, always in the same words; None if it can."""
     suffix = path.suffix.lower()

@@ -20,10 +20,11 @@ from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
+from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
-from clipmatch.store import Filter, ModelName, Photo, Root, Store, check_model, default_index
+from clipmatch.store import Filter, ModelName, Root, Store, check_model, default_index
 from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
 
 if TYPE_CHECKING:

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from clipmatch.crawl import Found, Stamp, walk
+from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
-from clipmatch.metadata import Metadata
+from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
-from clipmatch.store import ModelName, Photo, Root, Store, check_model
+from clipmatch.store import ModelName, Root, Store, check_model
 
 BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next

@@ -15,13 +15,13 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
+from clipmatch.photo import Metadata
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -55,22 +55,6 @@ CAMERA_DEFAULT = re.compile(  # what cameras and programs write in place of a de
     r"|sony ?dsc|dcim\\.*|exif_jpeg_.*|<digimax.*|default|my beautiful picture|image ?description|created with gimp",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """Of a photograph. width, height: pixels, upright. taken: EXIF time, naive, by the camera's clock.
-
-    latitude, longitude: degrees, WGS 84, both or neither. camera: "Make Model". caption: see `caption_of`.
-    """
-
-    width: int
-    height: int
-    taken: datetime | None = None
-    latitude: float | None = None
-    longitude: float | None = None
-    camera: str | None = None
-    caption: str | None = None
 
 
 def read_metadata(path: Path, image: Image.Image, sidecars: bool = True) -> Metadata:

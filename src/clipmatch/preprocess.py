@@ -23,7 +23,8 @@ from clipmatch.archive import locate, open_file
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
-from clipmatch.metadata import Metadata, orientation_of, read_metadata
+from clipmatch.metadata import orientation_of, read_metadata
+from clipmatch.photo import Metadata
 from clipmatch.tokenizer import as_tensor
 
 MAX_PIXELS = 200_000_000  # 600 MB as RGB; more is a mistake or an attack

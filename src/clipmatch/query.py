@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.crawl import is_image_name
 from clipmatch.embedder import Embedder
 from clipmatch.errors import ClipmatchError
+from clipmatch.imageformats import is_image_name
 
 WEIGHT = re.compile(r"(?P<what>.*[^\s\d])\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
 

@@ -20,9 +20,9 @@ from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder
 from clipmatch.errors import ClipmatchError, Failure
-from clipmatch.exclusion import shows
+from clipmatch.photo import Photo
 from clipmatch.query import Query
-from clipmatch.store import Filter, Photo, Store
+from clipmatch.store import Filter, Store
 from clipmatch.vectors import Gallery, are_among
 
 Stacking: TypeAlias = Literal["show", "stack", "hide"]
@@ -289,6 +289,8 @@ def permitted(
     """Which photographs [n] show nothing of what is excluded."""
     allowed = np.ones(len(gallery), bool)
     if exclude and calibration:
+        from clipmatch.exclusion import shows
+
         for shown in shows(embedder, calibration, gallery.rows, exclude):
             allowed &= ~shown
     return allowed

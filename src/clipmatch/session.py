@@ -40,6 +40,8 @@ _ahead: dict[Path, Opening] = {}
 
 def open_ahead(path: Path) -> None:
     """Begin to open a graph that `open_session` will probably be asked for."""
+    import onnxruntime  # noqa: F401 - here: NumPy, which it brings, can't be imported by two threads at once
+
     _ahead[path] = Opening(path)
 
 

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.crawl import Stamp
 from clipmatch.errors import ClipmatchError, Failure
-from clipmatch.metadata import Metadata
+from clipmatch.photo import Metadata, Photo, Stamp
 
 if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
@@ -72,24 +71,6 @@ def default_index() -> Path:
 
     path = Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
     return path.expanduser().absolute()
-
-
-@dataclass(frozen=True)
-class Photo:
-    """What the index knows of one file.
-
-    digest: SHA-256 of its bytes, in hex. picture_hash: 64 bits, of which few differ between alike pictures.
-    """
-
-    path: Path
-    digest: str
-    stamp: Stamp
-    metadata: Metadata
-    picture_hash: int
-
-    def row(self) -> dict[str, Any]:
-        """What people ask of it, as one flat row: size in bytes, width and height in pixels, what the camera says."""
-        return {"path": str(self.path), "size": self.stamp.size, **vars(self.metadata)}
 
 
 @dataclass(frozen=True)
