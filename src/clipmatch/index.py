@@ -87,7 +87,8 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the files."""
+        self._opened = None
         self.store.close()
 
     def __len__(self) -> int:
