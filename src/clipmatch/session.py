@@ -63,6 +63,8 @@ def open_now(path: Path, threads: int | None = None) -> InferenceSession:
 
     options = SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()  # its own count knows nothing of a container's quota
+    # Threads that wait for the next run by spinning take the cores from what a query does with its vector.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors: its warnings are of no use to a person who searches
     return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -23,11 +23,12 @@ import contextlib
 import json
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,6 @@ class StoredRows(Rows):
         """As of any rows; read in blocks the first time, mapped from then on."""
         if self.compared:
             return Rows(self.mapped).cosines(queries)
-        from concurrent.futures import ThreadPoolExecutor
-
         found = np.empty((len(self), *queries.shape[:-1]), np.float32)
 
         def compare(start: int) -> None:
@@ -131,11 +130,8 @@ class StoredRows(Rows):
                 self.check(rows, self.checksums[place : place + BLOCK])
                 np.matmul(rows, queries.T, out=found[place : place + BLOCK])
 
-        cores = usable_cores()
-        share = -(-len(self) // (cores * BLOCK)) * BLOCK
-        with ThreadPoolExecutor(cores) as pool:  # most of the time goes into the copy out of the system's cache
-            for _ in pool.map(compare, range(0, len(self), share or 1)):
-                pass
+        share = -(-len(self) // (usable_cores() * BLOCK)) * BLOCK
+        on_all_cores(compare, range(0, len(self), share or 1))  # most of the time is the copy from the system's cache
         self.compared = True
         return found
 
@@ -185,6 +181,28 @@ class Gallery:
         """Only these places, which rise. Copies no rows."""
         background = None if self.background is None else self.background[places]
         return Gallery(self.numbers[places], self.rows.part(places), background)
+
+
+def on_all_cores(work: Callable[[int], None], items: Iterable[int]) -> None:
+    """Call a function with each item, each in a thread of its own; the first error is raised.
+
+    Without `concurrent.futures`, whose import takes longer than the work of a single query.
+    """
+    errors: list[Exception] = []
+
+    def attempt(item: int) -> None:
+        try:
+            work(item)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [Thread(target=attempt, args=(item,)) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def vectors_file(store: Path) -> Path:
