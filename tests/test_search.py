@@ -320,6 +320,7 @@ def large(tmp_path, monkeypatch):
     """An index of 400 rows that counts as very large: photograph N has its own direction, a little noisy."""
     pytest.importorskip("faiss")
     monkeypatch.setattr("clipmatch.approximate.LEAST", 100)
+    monkeypatch.setattr("clipmatch.approximate.FEW", 10)
     monkeypatch.setattr("clipmatch.search.CANDIDATES", 20)
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(400, 16)).astype(np.float32)
@@ -369,7 +370,9 @@ def test_a_very_large_gallery_is_searched_among_candidates(large, monkeypatch):
     assert large.find("photo 5", hybrid=True, top_k=40, duplicates="show")[0].path == Path("/photos/5.jpg")
 
 
-@pytest.mark.parametrize("least", [0, 4, 200, 385, 400], ids=["all", "nearly all", "half", "few", "none"])
+@pytest.mark.parametrize(
+    "least", [0, 4, 200, 370, 392, 400], ids=["all", "nearly all", "half", "few", "very few", "none"]
+)
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_candidates_give_what_comparing_all_rows_gives(large, monkeypatch, least, calibrated):
     """Order, scores and confidences; with a filter too."""

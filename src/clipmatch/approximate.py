@@ -6,8 +6,9 @@ date is never read; without it every row is compared.
 
 An inverted file of 8-bit rows (FAISS): of the kept libraries it finds the most at a million photographs, is built in
 a minute and takes a quarter of the vectors' room (benchmarks/results/warm_query.md). It is mapped, so a process holds
-what its queries have looked at. Where a filter lets one row of s pass, a query looks into s times as many lists: it
-compares as many rows as without, and finds as much. It looks into more until it has as many candidates as it wants.
+what its queries have looked at. What passes a filter is compared as a whole if it is little. Else, where one row of s
+passes, a query looks into s times as many lists: it compares as many rows as without, and finds as much; and it looks
+into more until it has as many candidates as it wants.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TRAINED = 40  # rows that each list is placed by
 ADDED = 50_000  # rows read at once
 PROBES = 64  # lists that a query looks into
 SAMPLE = 4096  # photographs that stand for all that a query does not look at
+FEW = 20_000  # rows that pass a filter: so many, or fewer, are all compared; they take 20 MB
 MORE = 4  # times as many, where they held too few rows that pass
 
 
@@ -74,11 +76,21 @@ class Approximate:
 
 
 class Passing:
-    """The places that pass a filter, rising, in the two forms that searches want; kept, for a page follows another."""
+    """The places that pass a filter, rising, in the forms that searches want; kept, for a page follows another."""
 
     def __init__(self, places: NDArray[np.int64]):
-        self.places = places
+        self.places, self.are_few = places, len(places) <= FEW
         self._selector: Any = None
+        self._few: Gallery | None = None
+
+    def part_of(self, gallery: Gallery) -> Gallery:
+        """The photographs there; a few in memory."""
+        if not self.are_few:
+            return gallery.part(self.places)
+        if self._few is None:
+            part = gallery.part(self.places)
+            self._few = replace(part, rows=Rows(part.rows[:]))
+        return self._few
 
     def selector(self, faiss: Any, count: int) -> Any:
         """One bit for each of `count` places, for FAISS."""

@@ -159,11 +159,12 @@ def search(
         return Matches(str(query), [])
     rows = query.vectors(embedder)
     named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
-    if near and not query.is_mixed and searched > candidates(request):
+    few = passing is not None and passing.are_few
+    if near and not few and not query.is_mixed and searched > candidates(request):
         narrow = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
         gallery, ranking = narrow.gallery, rank_narrowed(narrow, rows, query, calibration, searched, request)
     else:
-        gallery = gallery if passing is None else gallery.part(passing.places)
+        gallery = gallery if passing is None else passing.part_of(gallery)
         ranking = rank(gallery, rows, query, calibration)
     shown = ~permitted(gallery, embedder, calibration, request.exclude)
     vetoed = int(np.count_nonzero(shown))
