@@ -1,0 +1,32 @@
+"""The benchmarks of training and evaluation run at a tiny size, so that they can't rot."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def bench(script, out, *options):
+    command = [sys.executable, BENCHMARKS / script, *options, "--rounds", "1", "--json", out]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_evaluation_memory(tmp_path):
+    found, printed = bench("evaluation_memory.py", tmp_path / "out.json", "--pictures", 100)
+    assert found["ranks_that_differ"] == 0
+    assert "all 600 ranks equal those of the sorted matrix" in printed
+    ours, obvious = found["ways"]["clipmatch"], found["ways"]["whole matrix, sorted"]
+    assert ours["text_to_image"] == obvious["text_to_image"]
+    assert ours["peak_mb"] > 0
+    assert ("clip_benchmark" in found["ways"]) == bool(find_spec("clip_benchmark"))
+    if find_spec("clip_benchmark"):  # of two copies it finds one, which counts against ours
+        peer = found["ways"]["clip_benchmark"]
+        assert peer["image_to_text"] == pytest.approx(ours["image_to_text"])
+        assert ours["text_to_image"][0] <= peer["text_to_image"][0] <= ours["text_to_image"][0] + 0.02
