@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -102,7 +103,7 @@ def tutorial(checkpoint, folder, task, arguments):
         optimizer.step()
         return loss.item()
 
-    return step_times((step(batch) for batch in loader), WARM)
+    return step_times((step(batch) for batch in islice(loader, WARM + arguments.steps)), WARM)
 
 
 class WithLoss(nn.Module):

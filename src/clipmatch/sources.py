@@ -59,8 +59,8 @@ class CachedImages:
 
     def fetch(self, items: Sequence[int], epoch: int) -> tuple[Tensor, list[bool], list[Failure]]:
         """One cached view of each item."""
-        views = len(self.table.places)
-        chosen = [0 if epoch == PLAIN else int(draw(self.seed, epoch, item).integers(views)) for item in items]
+        views = 1 if epoch == PLAIN else len(self.table.places)
+        chosen = [int(draw(self.seed, epoch, item).integers(views)) if views > 1 else 0 for item in items]
         places = self.table.places[chosen, list(items)]
         used = places >= 0
         rows = np.asarray(self.table.rows[places[used]], np.float32)
