@@ -30,3 +30,27 @@ def test_evaluation_memory(tmp_path):
         peer = found["ways"]["clip_benchmark"]
         assert peer["image_to_text"] == pytest.approx(ours["image_to_text"])
         assert ours["text_to_image"][0] <= peer["text_to_image"][0] <= ours["text_to_image"][0] + 0.02
+
+
+def test_gradient_cache(tmp_path):
+    picture = tmp_path / "plot.png"
+    found, _ = bench("gradient_cache.py", tmp_path / "out.json", "--batch", 64, "--chunks", 8, "--plot", picture)
+    whole, chunked = found["rows"]
+    assert (whole["chunk"], chunked["chunk"]) == (None, 8)
+    for figure in ("loss", "gradient_norm"):
+        assert chunked[figure] == pytest.approx(whole[figure], rel=1e-3)
+    assert whole["times_as_long"] == whole["share_of_memory"] == 1
+    assert whole["peak_mb"] > whole["step_mb"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 200_000
+
+
+def test_training_speed(tmp_path):
+    """Of one task, beside what this interpreter has; the picture tower is too small for a ratio to mean anything."""
+    options = ["--small", "--batch", 8, "--steps", 1, "--tasks", "heads"]
+    found, printed = bench("training_speed.py", tmp_path / "out.json", *options)
+    ways = {row["way"]: row for row in found["rows"]}
+    assert {"clipmatch", "tutorial", "Trainer"} <= ways.keys()
+    assert all(row["pairs_a_second"] > 0 and row["peak_mb"] > 0 for row in found["rows"])
+    assert ways["clipmatch"]["clipmatch_is_faster_by"] == 1
+    assert found["bfloat16_measured"] or "bfloat16 was not measured" in printed
