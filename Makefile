@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/cached_features.py
+	$(BIN)/python benchmarks/training_speed.py --rounds 1
 
 notebook: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,notebook]"

@@ -1,20 +1,26 @@
 """Peak memory and time of a step of one large batch, whole and in chunks (`--chunk`, gradient caching).
 
-    python benchmarks/gradient_cache.py [--batch 1024] [--chunks 256 64 16] [--json FILE]
+    python benchmarks/gradient_cache.py [--batch 1024] [--chunks 256 128 64 32 16] [--rounds 3] [--json FILE]
+                                        [--plot FILE.png]
 
-A small ViT and a small DistilBERT, random weights, learn as a whole on drawn scenes in float32 on the CPU; no dropout,
-so that loss and gradients can be compared. Each setting is a process of its own, whose peak resident memory is taken
-(Linux, macOS). Prints a table.
+A small ViT (64 pixels, 192 wide, 4 layers) and a small DistilBERT (192 wide, 2 layers), random weights, learn as a
+whole on drawn scenes in float32 on the CPU; no dropout, so that loss and gradients can be compared. Each setting is a
+process of its own, in turns, that takes three steps. "for the step" is how far its peak resident memory rises above
+what it was when the model, its optimiser (still without state) and the tokens were ready: batch, activations, loss,
+gradients and the optimiser's state. The time is that of the faster of the second and third step; the first one also
+reads the pictures. Prints a table (Linux, macOS).
 """
 
 import argparse
 import json
 import platform
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+
+from common import in_turns, machine, machine_line, ratio, run, table, write_json
 
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import ModelConfig, PreprocessConfig, TrainConfig
@@ -22,7 +28,7 @@ from clipmatch.data import load_captions, split_captions
 from clipmatch.demo_train import learn_tokenizer
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Transform
-from clipmatch.runtime import seed_everything, usable_cores
+from clipmatch.runtime import seed_everything
 from clipmatch.scenes import generate
 from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Trainer
@@ -66,8 +72,8 @@ def measure(folder, batch, chunk):
     return {
         "chunk": chunk,
         "peak_mb": peak(),
-        "before_training_mb": before,
-        "step_s": batch / max(step["pairs_per_second"] for step in steps),
+        "step_mb": peak() - before,
+        "step_s": batch / max(step["pairs_per_second"] for step in steps[1:]),
         "loss": steps[0]["loss"],
         "gradient_norm": steps[0]["gradient_norm"],
     }
@@ -75,29 +81,61 @@ def measure(folder, batch, chunk):
 
 def measure_alone(folder, batch, chunk):
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--batch", str(batch), "--alone", str(folder), "--chunks", str(chunk)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    command = [sys.executable, __file__, "--batch", batch, "--alone", folder, "--chunks", chunk]
+    return json.loads(run(list(map(str, command))).stdout)
 
 
-def table(batch, rows):
-    lines = [
-        "| batch | chunk | peak memory | of which for the step | a step | loss | gradient norm |",
-        "|" + "---|" * 7,
-    ]
-    for row in rows:
-        own = row["peak_mb"] - row["before_training_mb"]
-        cells = [f"{batch:,}", row["chunk"] or "whole", f"{row['peak_mb']:,.0f} MB", f"{own:,.0f} MB"]
-        cells += [f"{row['step_s']:.1f} s", f"{row['loss']:.5f}", f"{row['gradient_norm']:.5f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def summary(found):
+    """Rounds by chunk (0: whole) -> a row for each: medians, the largest peak, and how they compare with the whole."""
+    rows = []
+    for chunk, rounds in found.items():
+        seconds, whole = ([row["step_s"] for row in found[key]] for key in (chunk, 0))
+        memory, whole_memory = (max(row["step_mb"] for row in found[key]) for key in (chunk, 0))
+        rows.append(
+            {
+                **rounds[0],
+                "peak_mb": max(row["peak_mb"] for row in rounds),
+                "step_mb": memory,
+                "step_s": median(seconds),
+                "times_as_long": ratio(seconds, whole),
+                "share_of_memory": memory / whole_memory,
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def plot(rows, path):
+    """Time and memory against the size of a chunk, as parts of the whole batch's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chunked = rows[1:]
+    sizes = [row["chunk"] for row in chunked]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, layout="constrained")
+    left.plot(sizes, [row["times_as_long"] for row in chunked], "o-")
+    left.axhline(1.4, color="grey", linestyle="--", linewidth=1)
+    left.set(title="time of a step, whole batch = 1", ylim=(0, None))
+    right.plot(sizes, [row["share_of_memory"] for row in chunked], "o-", color="tab:orange")
+    right.axhline(0.1, color="grey", linestyle="--", linewidth=1)
+    right.set(title="memory for the step, whole batch = 1", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("pairs a chunk")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 64, 16])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 128, 64, 32, 16])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--alone", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
@@ -106,13 +144,25 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = generate(Path(scratch) / "scenes", n_train=arguments.batch, n_dev=16, size=64, progress=False)
         learn_tokenizer(split_captions(load_captions(folder)).train).save(folder / "tokenizer.json")
-        rows = [measure_alone(folder, arguments.batch, chunk) for chunk in (0, *arguments.chunks)]
-    print(table(arguments.batch, rows))
-    if arguments.json:
-        machine = {"cpu": platform.machine(), "cores": usable_cores()}
-        arguments.json.write_text(
-            json.dumps({"machine": machine, "batch": arguments.batch, "rows": rows}, indent=2) + "\n"
-        )
+        cases = {
+            chunk: lambda chunk=chunk: measure_alone(folder, arguments.batch, chunk) for chunk in (0, *arguments.chunks)
+        }
+        rows = summary(in_turns(cases, arguments.rounds))
+    on = machine("torch", "transformers")
+    print(machine_line(on))
+    header = ["chunk", "a step", "times as long", "for the step", "of the whole's", "process", "loss", "gradient norm"]
+    cells = [
+        [
+            row["chunk"] or f"whole ({arguments.batch:,})", f"{row['step_s']:.1f} s", f"{row['times_as_long']:.2f}",
+            f"{row['step_mb']:,.0f} MB", f"{100 * row['share_of_memory']:.1f} %", f"{row['peak_mb']:,.0f} MB",
+            f"{row['loss']:.5f}", f"{row['gradient_norm']:.5f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print(table(header, cells))
+    write_json(arguments.json, {"machine": on, "batch": arguments.batch, "rows": rows})
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

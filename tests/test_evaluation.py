@@ -96,6 +96,16 @@ def test_copies_of_a_picture_tie_whatever_block_they_are_in():
     assert set(image_ranks.tolist()) == {37}
 
 
+def test_a_picture_that_is_there_twice_never_ranks_first():
+    # A score that is computed apart from the product ties with the product's all the same.
+    rng = np.random.default_rng(0)
+    images = np.repeat(rng.normal(size=(50, 256)).astype(np.float32), 2, axis=0)
+    owner = np.repeat(np.arange(100), 5)
+    texts = images[owner] + rng.normal(size=(500, 256)).astype(np.float32)
+    text_ranks, _ = retrieval_ranks(images, texts, owner, block_scores=730)
+    assert set(text_ranks.tolist()) == {2}
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("broken", ["picture", "caption"])
 def test_embeddings_that_are_not_finite_are_refused(value, broken):

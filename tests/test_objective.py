@@ -53,7 +53,8 @@ def agree(found, expected, **tolerance):
     assert found[0] == pytest.approx(expected[0], rel=tolerance.get("rtol", 1e-5))
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
-        torch.testing.assert_close(found[1][name], value, **{"rtol": 1e-4, "atol": 1e-6, **tolerance}, msg=name)
+        near = 1e-6 * max(1.0, 10 * float(value.abs().max()))  # float32, summed in another order
+        torch.testing.assert_close(found[1][name], value, **{"rtol": 1e-4, "atol": near, **tolerance}, msg=name)
 
 
 def some_teachers():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -521,6 +522,14 @@ def test_normalise_by_hand():
     assert (values.shape, values.dtype) == ((1, 3, 1, 1), np.float32)
     np.testing.assert_allclose(values[0, :, 0, 0], [1.0, 0.2, 0.0], atol=1e-6)
     assert transform.normalise(np.zeros((5, 2, 7, 7, 3), np.uint8)).shape == (5, 2, 3, 7, 7)
+
+
+def test_a_tensor_is_normalised_like_an_array():
+    transform = Transform(PreprocessConfig(size=4, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), np.uint8)
+    found = transform.normalise_tensor(torch.from_numpy(pixels))
+    assert found.is_contiguous()
+    assert np.array_equal(found.numpy(), transform.normalise(pixels))
 
 
 def test_the_transform_is_that_of_the_vit_it_is_named_after():

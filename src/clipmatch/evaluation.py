@@ -85,16 +85,16 @@ def retrieval_ranks(
     """
     images, texts = _checked(image_rows, "picture"), _checked(text_rows, "caption")
     owner = _checked_owner(image_of_text, images, texts)
-    text_ranks, image_ranks = np.empty(len(texts), np.int64), np.empty(len(images), np.int64)
+    own = np.einsum("md,md->m", texts, images[owner]).astype(np.float32)  # [m]: of each caption with its own picture
+    best = np.full(len(images), -np.inf, np.float32)  # [n]: of each picture with the best of its own captions
+    np.maximum.at(best, owner, own)
+    text_ranks = np.empty(len(texts), np.int64)
+    image_ranks = 1 - np.bincount(owner[own == best[owner]], minlength=len(images))  # its own best is no rival
     for part in _blocks(len(texts), len(images), block_scores):
         scores = _scores(texts[part], images)  # [b, n]
-        own = scores[np.arange(len(scores)), owner[part]]
-        text_ranks[part] = (scores >= own[:, None]).sum(axis=1)  # its own picture is the 1 of "1 +"
-    for part in _blocks(len(images), len(texts), block_scores):
-        scores = _scores(images[part], texts)  # [b, m]
-        mine = np.arange(part.start, part.stop)[:, None] == owner
-        best = np.where(mine, scores, -np.inf).max(axis=1)
-        image_ranks[part] = 1 + ((scores >= best[:, None]) & ~mine).sum(axis=1)
+        scores[np.arange(len(scores)), owner[part]] = own[part]  # whatever the last bit of the product was
+        text_ranks[part] = (scores >= own[part, None]).sum(axis=1)  # its own picture is the 1 of "1 +"
+        image_ranks += (scores >= best).sum(axis=0)
     return text_ranks, image_ranks
 
 

@@ -18,7 +18,7 @@ from clipmatch.config import TrainConfig
 from clipmatch.loss import contrastive_loss, distillation_loss, hinge_loss, siblings, sigmoid_loss
 from clipmatch.modelfolder import LOGIT_BIAS
 from clipmatch.ranks import Ranks
-from clipmatch.runtime import Precision
+from clipmatch.runtime import Precision, seed_draws
 from clipmatch.sources import Batch, PairDataset, mix_pairs
 from clipmatch.teachers import Teachers
 
@@ -83,12 +83,12 @@ class Objective:
         for pairs, seed, gradients in zip(chunks, seeds, asked, strict=True):
             _, *rows = self.embed_chunk(*pairs, seed)
             torch.autograd.backward(rows, gradients)
-        torch.manual_seed(afterwards)
+        seed_draws(afterwards, self.device)
         return loss.item()
 
     def embed_chunk(self, images: Tensor, texts: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """`embed` with dropout that is a function of the seed."""
-        torch.manual_seed(seed)
+        seed_draws(seed, self.device)
         return self.embed(images, texts)
 
     # The loss

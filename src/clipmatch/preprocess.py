@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
 from clipmatch.metadata import orientation_of, read_metadata
 from clipmatch.photo import Metadata
 from clipmatch.tokenizer import as_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PIXELS = 200_000_000  # 600 MB as RGB; more is a mistake or an attack
 
@@ -248,6 +251,16 @@ class Transform:
         """uint8 [..., s, s, 3] -> float32 [..., 3, s, s] with (value / 255 - mean) / std."""
         values = pixels.astype(np.float32) * self.scale + self.shift  # [..., s, s, 3]
         return np.ascontiguousarray(np.moveaxis(values, -1, -3), dtype=np.float32)  # [..., 3, s, s]
+
+    def normalise_tensor(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor, to the last bit, on the device where it lies."""
+        import torch
+
+        values = pixels.movedim(-1, -3).contiguous().float()  # [..., 3, s, s]
+        scale, shift = (
+            torch.from_numpy(factor).to(values.device)[:, None, None] for factor in (self.scale, self.shift)
+        )
+        return values.mul_(scale).add_(shift)
 
     def augment(
         self,

@@ -44,7 +44,7 @@ from clipmatch.optimization import (
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runstate import RunState, SaveClock
-from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
+from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_draws, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
 from clipmatch.teachers import Teachers, ask_teachers
 
@@ -210,7 +210,7 @@ class Trainer:
         """One optimiser step over `accumulate` batches -> its figures."""
         settings, began = self.settings, time.perf_counter()
         # Dropout's randomness is a function of the step: a resumed run repeats it.
-        torch.manual_seed(self.seed * 1_000_003 + self.step + (self.ranks.number << 40))
+        seed_draws(self.seed * 1_000_003 + self.step + (self.ranks.number << 40), self.device)
         rate = rate_at(self.step, total, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
