@@ -1,5 +1,6 @@
 """Captions and pictures inside tar archives, whole and damaged."""
 
+import gzip
 import json
 import pickle
 import sys
@@ -233,3 +234,13 @@ def test_a_model_is_measured_on_the_test_part_of_archives(shards, model_folder, 
     assert (figures["images"], figures["failures"]) == (8, [])
     other = CliRunner().invoke(main, ["evaluate", *options, "--split", "tset", "--json", "-"])
     assert other.stderr == "Error: Cannot read tset: No such file or directory.\n"
+
+
+def test_a_compressed_archive_is_said_to_be_one(tmp_path):
+    shard_of(tmp_path / "plain.tar")
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
+    with pytest.raises(ClipmatchError, match=r"packed.tar is compressed by gzip; unpack it first"):
+        load_captions(packed)
+    with pytest.raises(ClipmatchError, match=r"packed.tar.gz is compressed by gzip; unpack it, and give what is insid"):
+        load_captions(packed.rename(tmp_path / "packed.tar.gz"))

@@ -110,6 +110,16 @@ def test_the_background_may_be_computed_once(fitted):
     assert fitted.probabilities(texts[3], images, once).tolist() == fitted.probabilities(texts[3], images).tolist()
 
 
+def test_a_sample_stands_for_the_pictures_that_are_not_looked_at():
+    """Odds 6 for what is meant and 1 for each of 99 others, of which 9 are looked at."""
+    evidence = np.log(np.array([6.0, *[1.0] * 99]))
+    rows = np.eye(100)
+    whole = by_hand().choose(evidence, rows, 100)
+    assert by_hand().choose(evidence[:10], rows, 100, evidence[50:60]) == pytest.approx(whole[:10])
+    assert by_hand().choose(evidence[:10], rows, 100)[0] > whole[0]  # the others are rivals
+    assert by_hand().choose(evidence[:10] - 5000, rows, 100, evidence[50:60] + 5000).tolist() == [0] * 10
+
+
 def test_strong_evidence_does_not_overflow():
     chances = by_hand(weights=(0.0, 5000.0, 0.0, 0.0)).probabilities(np.eye(4)[0], np.eye(4))
     assert chances.tolist() == [1, 0, 0, 0]

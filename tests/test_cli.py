@@ -387,7 +387,7 @@ def test_models_as_a_table_with_figures(collection, tmp_path, monkeypatch):
     monkeypatch.chdir(collection)
     lines = [line.split() for line in run("models").stdout.splitlines()]
     assert lines[0] == ["--model", "where", "runs", "by", "MB", "dim", "dev", "R@1/5/10", "licence"]
-    assert lines[1][:3] + lines[1][4:] == ["(none)", "clipmatch", "PyTorch", "16", "28.1/60.0/73.0", "MIT"]
+    assert lines[1][:3] + lines[1][4:] == ["embedded", "clipmatch", "PyTorch", "16", "28.1/60.0/73.0", "MIT"]
     assert [line[:2] for line in lines[2:4]] == [["1/2/3", "folder"], ["out/run", "folder"]]
     assert ["openai/clip-vit-base-patch32", "hub", "cache"] in [line[:3] for line in lines]
 

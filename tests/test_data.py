@@ -365,3 +365,51 @@ def test_the_real_flickr8k():
     splits = split_captions(found)
     assert (len(splits.train), len(splits.dev)) == (6000, 1000)
     assert not names(splits.train) & names(splits.dev)
+
+
+def test_whole_paths_are_names_below_the_image_folder(tmp_path):
+    """As open_clip's CSV has them, by tabs; also where the folder is given by another way that leads there."""
+    folder = tmp_path / "photos"
+    add_images(folder / "sub", "a.jpg", "b.jpg")
+    add_images(tmp_path / "elsewhere", "c.jpg")
+    lines = [f"{folder / 'sub' / name}\tA dog ." for name in ("a.jpg", "b.jpg")]
+    file = write(
+        tmp_path / "train.csv", "\n".join(["filepath\ttitle", *lines, f"{tmp_path}/elsewhere/c.jpg\tA cat .", ""])
+    )
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    for given in (folder, tmp_path / "elsewhere" / ".." / "photos", tmp_path / "link"):
+        found = load_captions(file, images=given)
+        assert [entry.image for entry in found.entries] == ["sub/a.jpg", "sub/b.jpg"]
+        assert (len(found.rows), found.missing) == (2, ())
+        assert notes(found.dropped) == [(4, f"the image name {tmp_path}/elsewhere/c.jpg leaves the image folder")]
+
+
+def test_whole_paths_say_themselves_where_the_images_are(tmp_path):
+    """Without --images: their common folder, so that parts in folders are still seen, and missing ones are missing."""
+    add_images(tmp_path / "photos" / "train", "a.jpg", "b.jpg")
+    add_images(tmp_path / "photos" / "val", "c.jpg")
+    names = ["train/a.jpg", "train/b.jpg", "val/c.jpg", "val/gone.jpg"]
+    lines = [f"{tmp_path}/photos/{name},A dog ." for name in names]
+    found = load_captions(write(tmp_path / "in" / "captions.csv", "\n".join(["filepath,title", *lines, ""])))
+    assert [entry.image for entry in found.entries] == names
+    assert found.missing == ("val/gone.jpg",)
+    assert [row.split for row in found.rows] == ["train", "train", "dev"]
+    listed = write(tmp_path / "dev.txt", f"{tmp_path}/photos/val/c.jpg\n")
+    assert [row.path.name for row in select_split(found.rows, listed)] == ["c.jpg"]
+
+
+def test_whole_paths_of_another_machine(tmp_path):
+    file = write(
+        tmp_path / "captions.csv", "filepath,title\n/no/such/place/a.jpg,A dog .\n/no/such/place/b.jpg,A cat .\n"
+    )
+    with pytest.raises(ClipmatchError, match="The image folder /no/such/place does not exist; give the folder that"):
+        load_captions(file)
+    with pytest.raises(ClipmatchError, match=r"line 2: the image name /no/such/place/a.jpg leaves .* give names below"):
+        load_captions(file, images=tmp_path)
+
+
+def test_a_stray_whole_path_is_dropped(tmp_path):
+    add_images(tmp_path, "a.jpg", "b.jpg")
+    found = load_captions(write(tmp_path / "captions.txt", "image,caption\n/etc/passwd,Bad\na.jpg,Good\nb.jpg,Good\n"))
+    assert captions_of(found) == {"a.jpg": ["Good"], "b.jpg": ["Good"]}
+    assert notes(found.dropped) == [(2, "the image name /etc/passwd leaves the image folder")]

@@ -1,12 +1,13 @@
 """Captioned photographs with every defect at a known place: each is found there, and nothing else is."""
 
 import json
+import os
 import shutil
 import sys
 
 import numpy as np
 import pytest
-from captionfiles import karpathy, webdataset
+from captionfiles import embedded, karpathy, pack, picture, webdataset
 from click.testing import CliRunner
 from PIL import Image
 
@@ -483,6 +484,64 @@ def test_nothing_worth_keeping_is_an_error(tmp_path):
         write_clean(data, check_data(data, progress=False), tmp_path / "clean.csv")
 
 
+def test_the_clean_copy_of_archives_is_read_from_them(scenes, tmp_path):
+    """Parts told by the names of shards, and test, which no split file lists, are told by a column."""
+    images = sorted((scenes / "Images").iterdir())
+    for number, part in enumerate(("train", "val", "test")):
+        pictures = [path.read_bytes() for path in images[4 * number : 4 * number + 4]]
+        samples = {f"{place}.jpg": data for place, data in enumerate(pictures)}
+        samples |= {f"{place}.txt": b"a star at night\na star and the moon" for place in range(4)}
+        samples["4.txt"] = b"a star without a picture"
+        pack(tmp_path / "shards" / f"{part}-000.tar", samples.items())
+    out = tmp_path / "clean.csv"
+    result = run("data", "check", tmp_path / "shards", "--fix", out)
+    assert "24 captions; left out: samples that were dropped (3)" in result.stdout
+    clean = load_captions(out, tmp_path / "shards")
+    before = load_captions(tmp_path / "shards")
+    assert clean.rows == before.rows
+    assert [row.split for row in clean.rows] == ["test"] * 4 + ["train"] * 4 + ["dev"] * 4
+    splits = split_captions(clean, out.with_suffix(".train.txt"), out.with_suffix(".dev.txt"))
+    assert {row.path.parent.name for row in splits.dev} == {"val-000.tar"}
+    assert [row.path for row in split_captions(clean).dev] == [row.path for row in splits.dev]
+
+
+def test_the_clean_copy_of_parquet_says_where_its_pictures_are(tmp_path, own_cache):
+    pictures = [{"bytes": picture(colour), "path": f"{colour}.png"} for colour in ("red", "blue", "lime")]
+    file = embedded(tmp_path / "data.parquet", pictures, caption=[["A red dog ."], ["A blue dog .", "dog"], None])
+    result = run("data", "check", file, "--fix", tmp_path / "clean.csv")
+    assert "2 captions; left out: rows that were dropped (1), odd captions (1)" in result.stdout
+    folder = next((own_cache / "unpacked").glob("data-*/")).absolute()
+    assert f"The pictures lie in the folder for caches, {folder}; keep it, or a copy." in result.stdout
+    assert f"--images {folder} " in result.stdout.splitlines()[-1]
+    rows = load_captions(tmp_path / "clean.csv", folder).rows
+    assert [(row.path.name, row.captions) for row in rows] == [
+        ("red.png", ("A red dog .",)),
+        ("blue.png", ("A blue dog .",)),
+    ]
+
+
+def test_what_no_text_file_holds_is_left_out_of_it(tmp_path):
+    """Names that are not UTF-8, and half characters, which JSON can spell."""
+    for name in (b"a.png", b"b\xff.png", b"c\nd.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / os.fsdecode(name))
+        (tmp_path / os.fsdecode(name)).with_suffix(".txt").write_text("A dog .")
+    result = run("data", "check", tmp_path, "--fix", tmp_path / "clean" / "out.csv")
+    assert "1 caption; left out: captions of images with names that no text file holds (2)" in result.stdout
+    records = tmp_path / "half.json"
+    records.write_text('[{"image": "a.png", "caption": ["A \\ud83d dog .", "A cat ."]}]')
+    report = check_data(records, tmp_path, progress=False)
+    assert [(one.caption, one.reason) for one in report.odd] == [("A \ufffd dog .", "characters that are not UTF-8")]
+
+
+def test_a_division_that_can_not_be_carried_over_is_said(copy, tmp_path):
+    both = copy / "splits" / "train.txt"
+    both.write_text(both.read_text() + "dev-00000.jpg\n")
+    result = run("data", "check", copy, "--fix", tmp_path / "clean.csv")
+    assert "\nNo split files were written. " in result.stdout
+    assert "both list dev-00000.jpg" in result.stdout
+    assert not (tmp_path / "clean.train.txt").exists()
+
+
 # A contact sheet
 
 
@@ -602,6 +661,20 @@ def test_records_are_not_called_lines(tmp_path):
     report = check_data(karpathy(tmp_path), progress=False)
     assert report.unit == "record"
     assert "line" not in report_text(report).replace("mislabelled", "")
+
+
+def test_a_record_with_five_bad_captions_is_named_once(tmp_path):
+    records = [
+        {"image": "gone.png", "caption": ["A dog .", "A cat .", "a dog"]},
+        {"image": "a.png", "caption": "A hen ."},
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    report = check_data(tmp_path / "records.json", tmp_path, progress=False)
+    assert [image.lines for image in report.missing] == [[1]]
+    text = report_text(report)
+    assert "gone.png: does not exist (record 1)" in text
+    assert 'record 1: gone.png: "A dog ."' in text
 
 
 def test_an_archive_is_checked_without_unpacking(tmp_path):

@@ -52,6 +52,20 @@ def test_a_loss_of_guessing():
     assert "the loss, 4.55, is still that of guessing among 100 pairs (4.61)" in text
 
 
+@pytest.mark.parametrize(("losses", "epochs", "found"), [
+    ([4.7, 4.6], 1, ["chance"]),
+    ([4.7, 4.6], 10, []),  # half of it was warm-up, a twentieth of ten epochs
+    ([4.7, 4.0], 1, []),
+])  # fmt: skip
+def test_a_single_epoch_of_many_steps_is_judged_by_its_second_half(losses, epochs, found):
+    halves = [loss for loss in losses for _ in range(300)]
+    rows = {"kind": "step", "epoch": 0, "logit_scale": 14.0, "gradient_norm": 1.0}
+    history = [{**rows, "step": number, "loss": loss} for number, loss in enumerate(halves, 1)]
+    history.append({"kind": "epoch", "epoch": 0, "step": 600, "train_loss": sum(losses) / 2})
+    assert names(history, replace(PLAIN, epochs=epochs)) == found
+    assert names(history[:400] + history[-1:], replace(PLAIN, epochs=epochs)) == []
+
+
 def test_a_temperature_at_its_end():
     assert names(run_of([3.0, 2.0], scales=(14, 100))) == ["scale-at-ceiling"]
     assert names(run_of([3.0, 2.0], scales=(14, 99))) == []

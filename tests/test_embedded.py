@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,8 @@ import pytest
 
 from clipmatch.catalogue import list_models
 from clipmatch.embedder import load_model
-from clipmatch.modelfolder import EMBEDDED
+from clipmatch.modelfolder import EMBEDDED, find_folder
+from clipmatch.training import absolute_name
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 40e6  # bytes
@@ -21,6 +23,18 @@ LIMIT = 40e6  # bytes
 @pytest.fixture(scope="module")
 def model():
     return load_model()
+
+
+def test_it_has_a_name_wherever_a_model_is_named(model, tmp_path, monkeypatch):
+    """Also as a teacher, and to train from; a folder of that name is "./embedded"."""
+    monkeypatch.chdir(tmp_path)
+    named = load_model("embedded")
+    assert (named.fingerprint, named.name) == (model.fingerprint, model.name)
+    assert find_folder("embedded") == EMBEDDED
+    assert absolute_name("embedded") == "embedded"  # a run that is resumed elsewhere finds it too
+    shutil.copytree(EMBEDDED, tmp_path / "embedded")
+    assert find_folder("./embedded") == Path("embedded")
+    assert absolute_name("./embedded") == str(tmp_path / "embedded")
 
 
 def test_the_folder_is_whole_and_small():

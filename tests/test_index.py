@@ -10,7 +10,6 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
 from colours import ColourEmbedder, paint
 from PIL import ExifTags, Image
@@ -20,7 +19,6 @@ from clipmatch.embedder import Failure
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
 from clipmatch.store import UPGRADES, Filter, Store
-from clipmatch.vectors import open_gallery
 
 
 @pytest.fixture
@@ -359,12 +357,6 @@ def test_the_derived_file_may_be_lost_stale_or_damaged(index, photos, tmp_path):
     (photos / "red.png").unlink()
     index.update(progress=False)
     assert names(index.find("red"))[0] == "orange.png"
-
-
-def test_the_derived_file_is_mapped_not_read_anew(index, photos):
-    index.update([photos], progress=False)
-    open_gallery(index.store, None)
-    assert isinstance(open_gallery(index.store, None).rows.base, np.memmap)
 
 
 def test_no_index(tmp_path):

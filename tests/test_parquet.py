@@ -130,3 +130,20 @@ def test_parquet_that_is_damaged_or_lacks_a_column(tmp_path):
         load_captions(put_table(tmp_path / "x.parquet", url=["a"], alt=["b"]))
     with pytest.raises(ClipmatchError, match=r"holds no \.parquet file"):
         load_captions(add_images(tmp_path / "empty", "a.jpg"), format="parquet")
+
+
+def test_a_picture_under_two_names_or_in_two_parts_is_said_to_be_one(tmp_path):
+    """It becomes one image of the part that is farther from training; without a word, a leak would be hidden."""
+    red, blue = picture("red"), picture("blue")
+    rows = [{"bytes": red, "path": "a.png"}, {"bytes": red, "path": "a.png"}, {"bytes": red, "path": "b.png"}]
+    embedded(tmp_path / "train-0.parquet", [*rows, {"bytes": blue, "path": "c.png"}], caption=["A dog .", *"BCD"])
+    embedded(tmp_path / "validation-0.parquet", [{"bytes": blue, "path": "c.png"}], caption=[["A cat .", "A hen ."]])
+    found = load_captions(tmp_path)
+    assert [(row.captions, row.split) for row in found.rows] == [
+        (("A dog .", "B", "C"), "train"),
+        (("D", "A cat .", "A hen ."), "dev"),
+    ]
+    assert notes(found.repaired) == [
+        ("row 3", "the picture of row 1 again: one image"),
+        ("row 5", "the picture of row 4 again: one image, though of train and validation"),
+    ]

@@ -10,7 +10,7 @@ from clipmatch.cli import main
 from clipmatch.config import TrainConfig
 from clipmatch.data import load_captions, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.plan import in_words, plan_run
+from clipmatch.plan import Part, describe, in_words, plan_run
 from clipmatch.training import train
 
 
@@ -37,10 +37,32 @@ def test_from_the_command_line(scenes, model_folder, tmp_path):
     result = CliRunner().invoke(main, [*map(str, command), "--lora", "2", "--tune-text", "all"])
     assert result.exit_code == 0, result.output
     heads = [line.split()[0] for line in result.stdout.splitlines()]
-    assert heads == ["data", "learn", "learn", "learn", "steps", "device", "memory", "time"]
+    assert heads == ["data", "learn", "learn", "learn", "steps", "device", "memory", "disk", "time"]
     assert "60 pictures to train on, 300 captions; 20 for dev" in result.stdout
     assert "1 an epoch, 30 in all; batches of 60" in result.stdout
     assert os.listdir(tmp_path) in ([], ["cache"])  # noqa: PTH208
+
+
+@pytest.mark.parametrize("changes", [{"views": 3}, {"tune_image": 1}, {"tune_text": 1}], ids=str)
+def test_the_cache_gets_as_large_as_the_plan_says(scenes, model_folder, tmp_path, own_cache, changes):
+    """Views of each picture to train on, hidden states where a block learns, no captions where their tower does."""
+    splits = split_captions(load_captions(scenes))
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, batch_size=30, **changes)
+    plan = plan_run(splits, settings, model_folder)
+    train(splits, settings, model_folder, progress=False)
+    assert plan.cache == sum(file.stat().st_size for file in own_cache.rglob("rows.bin")) > 0
+    assert f"disk    {plan.cache / 2**20:.1f} MB of features" in str(plan)
+
+
+def test_nothing_is_cached_where_both_towers_learn(scenes, model_folder, tmp_path):
+    settings = TrainConfig(out=str(tmp_path / "run"), epochs=1, tune_image="all", tune_text="all")
+    plan = plan_run(split_captions(load_captions(scenes)), settings, model_folder)
+    assert plan.cache == 0
+    assert "disk    no features are cached" in str(plan)
+
+
+def test_a_tower_that_is_a_graph_has_no_weights_to_count():
+    assert describe(Part("text tower", 0, 0, 5e-5)) == "learn   nothing of the text tower, which stays an ONNX graph"
 
 
 def test_what_the_run_would_refuse(scenes, model_folder, tmp_path):

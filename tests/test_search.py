@@ -334,7 +334,13 @@ def large(tmp_path, monkeypatch):
     with Index.open(tmp_path / "large.sqlite", Numbered("numbered")) as index:
         index.store.bind(ModelName("numbered", 16))
         photos = [
-            Photo(Path(f"/photos/{number}.jpg"), f"{number:064x}", Stamp(1, 1, 0), Metadata(width=8, height=8), number)
+            Photo(
+                Path(f"/photos/{number}.jpg"),
+                f"{number:064x}",
+                Stamp(number, 1, 0),
+                Metadata(width=8, height=8),
+                number,
+            )
             for number in range(400)
         ]
         index.store.upsert(photos, "numbered", {photo.digest: rows[at] for at, photo in enumerate(photos)}, {})
@@ -344,7 +350,10 @@ def large(tmp_path, monkeypatch):
 
 def test_a_very_large_gallery_is_searched_among_candidates(large, monkeypatch):
     looked_at = []
-    compare = search.rank
+    narrow, compare = search.rank_narrowed, search.rank
+    monkeypatch.setattr(
+        "clipmatch.search.rank_narrowed", lambda *given: looked_at.append(len(given[0].gallery)) or narrow(*given)
+    )
     monkeypatch.setattr("clipmatch.search.rank", lambda *given: looked_at.append(len(given[0])) or compare(*given))
     settings = {"top_k": 2, "duplicates": "show"}
     for number in (0, 123, 399):
@@ -354,8 +363,42 @@ def test_a_very_large_gallery_is_searched_among_candidates(large, monkeypatch):
     assert (found.searched, found[0].score) == (400, pytest.approx(1, abs=1e-5))
     where = Filter(folders=(Path("/photos/7.jpg"), Path("/photos/8.jpg")))
     assert [match.path.name for match in large.find("photo 8", where=where, **settings)] == ["8.jpg", "7.jpg"]
-    assert looked_at[-1] == 2  # what passes a filter is compared as a whole
+    assert looked_at[-1] == 2  # so few are compared exactly
+    assert large.find("photo 8", where=Filter(min_size=8), **settings)[0].path.name == "8.jpg"
+    assert looked_at[-1] == 20
     assert large.find("photo 5", hybrid=True, top_k=40, duplicates="show")[0].path == Path("/photos/5.jpg")
+
+
+@pytest.mark.parametrize("least", [0, 4, 200, 385, 400], ids=["all", "nearly all", "half", "few", "none"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_candidates_give_what_comparing_all_rows_gives(large, monkeypatch, least, calibrated):
+    """Order, scores and confidences; with a filter too."""
+    monkeypatch.setattr("clipmatch.approximate.PROBES", 30)  # of 80
+    bank = np.random.default_rng(1).normal(size=(200, 16))
+    bank = (bank / np.linalg.norm(bank, axis=1, keepdims=True)).astype(np.float16)
+    if calibrated:
+        large.embedder.calibration = Calibration((0.0, 8.0, -4.0, 0.0), 0.99, Bank(bank, bank), "numbered")
+    large.derive()
+    ask = {"top_k": 5, "where": Filter(min_size=least), "duplicates": "show"}
+    queries = [f"photo {number}" for number in range(0, 400, 7)]
+    quick = [large.find(query, **ask) for query in queries]
+    assert large._open().near
+    monkeypatch.setattr("clipmatch.approximate.LEAST", 1000)
+    with Index.open(large.store.path, large.embedder) as index:
+        slow = [index.find(query, **ask) for query in queries]
+        assert not index._open().near
+    assert [found.searched for found in quick] == [400 - least] * len(queries)
+    common = 0
+    for found, right in zip(quick, slow, strict=True):
+        known = {match.path: match for match in right}
+        assert len(found) == len(right)
+        for match in found:
+            if match.path in known:
+                common += 1
+                assert match.score == pytest.approx(known[match.path].score, abs=1e-6)  # compared exactly
+                if calibrated:
+                    assert match.confidence == pytest.approx(known[match.path].confidence, rel=0.02)
+    assert common >= 0.98 * sum(map(len, slow))
 
 
 def test_the_approximate_index_may_be_lost_stale_or_damaged(large, monkeypatch):

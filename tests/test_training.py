@@ -596,8 +596,8 @@ def test_resume_from_the_command_line_after_ctrl_c(folder, trained_towers, tmp_p
 
 EAGER = """\
 import sys
-from clipmatch import trainer
-trainer.SAVE_EVERY, trainer.SAVE_SHARE = 0.0, 1e9  # a save after each step, so that kills hit saves too
+from clipmatch import runstate
+runstate.SAVE_EVERY, runstate.SAVE_SHARE = 0.0, 1e9  # a save after each step, so that kills hit saves too
 from clipmatch.cli import main
 main(sys.argv[1:])
 """

@@ -1,18 +1,21 @@
 """The rows of a very large gallery that are probably nearest to a query, without looking at all of them.
 
-In: a gallery, a query's row [d]. Out: places in the gallery, which the search then compares exactly. Derived from the
-store like its vectors: STORE.CONTENT.ivf, where CONTENT is the store's token, so one that is out of date is never
-read; without it every row is compared.
+In: a gallery, a query's row [d]. Out: places in the gallery with their cosines, which the search then compares exactly.
+Derived from the store like its vectors: STORE.CONTENT.ivf, where CONTENT is the store's token, so one that is out of
+date is never read; without it every row is compared.
 
-An inverted file of 8-bit rows (FAISS): of the kept libraries it finds the most at a million photographs, is built in a
-minute and takes a quarter of the vectors' room (benchmarks/results/approximate.md). It has no filter, and needs none:
-a search among photographs that pass a filter compares all of them.
+An inverted file of 8-bit rows (FAISS): of the kept libraries it finds the most at a million photographs, is built in
+a minute and takes a quarter of the vectors' room (benchmarks/results/warm_query.md). It is mapped, so a process holds
+what its queries have looked at. Where a filter lets one row of s pass, a query looks into s times as many lists: it
+compares as many rows as without, and finds as much. It looks into more until it has as many candidates as it wants.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,58 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipmatch.runtime import usable_cores
-from clipmatch.vectors import Gallery
+from clipmatch.vectors import Gallery, Rows
 
 LEAST = 300_000  # rows; fewer are compared exactly within 12 ms
-CANDIDATES = 2000
 LISTS = 4  # for each root of the number of rows
 TRAINED = 40  # rows that each list is placed by
+ADDED = 50_000  # rows read at once
 PROBES = 64  # lists that a query looks into
+SAMPLE = 4096  # photographs that stand for all that a query does not look at
+MORE = 4  # times as many, where they held too few rows that pass
+
+
+class Approximate:
+    """An index that is open. May be used by several threads.
+
+    drawn: some places, rising, taken at random. sample: the photographs at those.
+    """
+
+    def __init__(self, faiss: Any, index: Any, gallery: Gallery):
+        self.faiss, self.index = faiss, index
+        drawn = np.random.default_rng(0).choice(len(gallery), min(SAMPLE, len(gallery)), replace=False)
+        self.drawn = np.sort(drawn)
+        sample = gallery.part(self.drawn)
+        self.sample = replace(sample, rows=Rows(sample.rows[:]))  # in memory
+        with contextlib.suppress(AttributeError):  # an index that is not mapped
+            # By default it starts 32 threads for each query, to read ahead; that takes longer than the query.
+            faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
+
+    def nearest(
+        self, row: NDArray[np.float32], most: int, passing: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """A unit row [d] -> rising places [m] of about `most` rows that are probably nearest, and their rough cosines.
+
+        passing: the places among which to look; None: all.
+        """
+        self.faiss.omp_set_num_threads(usable_cores())  # of this thread
+        selector, share = None, 1.0
+        if passing is not None:
+            mask = np.zeros(self.index.ntotal, bool)
+            mask[passing] = True
+            bits = np.packbits(mask, bitorder="little")
+            selector, share = self.faiss.IDSelectorBitmap(bits), len(passing) / len(mask)
+        lists = self.index.nlist
+        probes = min(lists, math.ceil(PROBES / share))
+        while True:
+            settings = self.faiss.SearchParametersIVF(sel=selector, nprobe=probes)
+            cosines, places = self.index.search(row[None], most, params=settings)
+            if probes == lists or places[0, -1] >= 0:
+                break
+            probes = min(lists, probes * MORE)
+        good = np.flatnonzero((places[0] >= 0) & (places[0] < self.index.ntotal))
+        good = good[np.argsort(places[0, good])]
+        return places[0, good], cosines[0, good]
 
 
 def approximate_file(store: Path, content: str) -> Path:
@@ -48,15 +96,9 @@ def build_approximate(store: Path, content: str, gallery: Gallery) -> bool:
     faiss = load_faiss()
     if faiss is None:
         return False
-    lists = max(1, round(LISTS * len(gallery) ** 0.5))
-    faiss.omp_set_num_threads(usable_cores())
-    index = faiss.index_factory(gallery.rows.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-    some = np.random.default_rng(0).permutation(len(gallery))[: TRAINED * lists]
-    index.train(gallery.rows[np.sort(some)])
-    index.add(gallery.rows)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        faiss.write_index(index, str(draft))
+        faiss.write_index(make_index(faiss, gallery), str(draft))
         draft.replace(path)
     except (OSError, RuntimeError):  # a full disk; faiss has no kind of its own
         return False
@@ -65,23 +107,31 @@ def build_approximate(store: Path, content: str, gallery: Gallery) -> bool:
     return True
 
 
-def nearest(store: Path, content: str, gallery: Gallery, row: NDArray[np.float32], most: int) -> NDArray[np.int64]:
-    """A unit row [d] -> places of about `most` rows that are probably nearest, rising; all places without an index."""
-    everything = np.arange(len(gallery))
+def make_index(faiss: Any, gallery: Gallery) -> Any:
+    """A FAISS index of all rows."""
+    faiss.omp_set_num_threads(usable_cores())
+    lists = max(1, round(LISTS * len(gallery) ** 0.5))
+    index = faiss.index_factory(gallery.rows.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    some = np.random.default_rng(0).permutation(len(gallery))[: TRAINED * lists]
+    index.train(gallery.rows[np.sort(some)])
+    for start in range(0, len(gallery), ADDED):
+        index.add(gallery.rows[start : start + ADDED])
+    return index
+
+
+def open_approximate(store: Path, content: str, gallery: Gallery) -> Approximate | None:
+    """The index of a gallery; None if it is small enough to be compared as a whole, or there is no good index."""
     path = approximate_file(store, content)
-    faiss = load_faiss() if len(gallery) >= LEAST and most < len(gallery) and path.is_file() else None
+    faiss = load_faiss() if len(gallery) >= LEAST and path.is_file() else None
     if faiss is None:
-        return everything
+        return None
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError:  # damaged
-        return everything
-    if index.ntotal != len(gallery) or index.d != len(row):
-        return everything
-    faiss.omp_set_num_threads(usable_cores())
-    index.nprobe = PROBES
-    found: NDArray[np.int64] = index.search(row[None], most)[1][0]
-    return np.sort(found[found >= 0])
+        return None
+    return (
+        Approximate(faiss, index, gallery) if (index.ntotal, index.d) == (len(gallery), gallery.rows.shape[1]) else None
+    )
 
 
 def load_faiss() -> Any:

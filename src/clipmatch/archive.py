@@ -20,6 +20,7 @@ from clipmatch.imageformats import SUFFIXES
 
 TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
 BLOCK = 512  # bytes, of a header
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,18 @@ def _contents(archive: str, modified: int, size: int) -> Contents:
             end = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:  # of damaged headers
         problem = f"damaged or cut off after {len(members)} files ({error})"
-    if problem is None and not ends_well(archive, end):
+    if not members and (kind := compression(Path(archive))):
+        problem = f"compressed by {kind}; unpack it first, for pictures are read from their place"
+    elif problem is None and not ends_well(archive, end):
         problem = f"damaged or cut off after {len(members)} files (no end mark)"
     return Contents(tuple(members), problem)
+
+
+def compression(file: Path) -> str | None:
+    """What has compressed a file, by its first bytes; None for a file as it is. Raises OSError."""
+    with file.open("rb") as opened:
+        head = opened.read(8)
+    return next((kind for start, kind in COMPRESSED.items() if head.startswith(start)), None)
 
 
 def ends_well(archive: str, end: int) -> bool:

@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,6 +44,12 @@ SCHEMA = 2  # 1 had no exclusion
 NEAREST = 0.03  # part of a bank that makes a background
 RIVALS = 100  # the best so many pictures are looked at for likeness
 BLOCK = 4096  # pictures compared with a bank at once
+
+
+class RowsByPlace(Protocol):
+    """Rows that are asked for by their places [m] -> [m, d]: an array, or what need not be in memory."""
+
+    def __getitem__(self, places: NDArray[np.int64], /) -> Floats: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +126,49 @@ class Calibration:
             )
         with np.errstate(invalid="ignore"):  # infinity times zero; refused below
             scores = rows @ query  # [n]
-        if not np.isfinite(scores).all():
-            raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
         settled = self.background(rows) if background is None else np.asarray(background, np.float32)
-        evidence = self._evidence(scores, settled, self.familiarity(query[None])[0])
-        return self._choose(evidence, rows, searched or len(rows))
+        return self.choose(self.evidence(query)(scores, settled), rows, searched or len(rows))
+
+    def evidence(self, query_row: Floats) -> Callable[[Floats, Floats], NDArray[np.float64]]:
+        """A query [d] -> the function of its cosines with pictures [n] and their backgrounds [n] that gives what speaks
+        for each picture [n]. Raises ClipmatchError, as that function does, on what is not finite.
+        """
+        check_finite(query_row)
+        constant, cosine, picture, query = self.weights
+        known = constant + query * float(self.familiarity(query_row[None])[0])
+
+        def weigh(scores: Floats, background: Floats) -> NDArray[np.float64]:
+            check_finite(scores)
+            return cosine * scores.astype(np.float64) + picture * background + known
+
+        return weigh
+
+    def choose(
+        self,
+        evidence: NDArray[np.float64],
+        rows: RowsByPlace,
+        searched: int,
+        sample: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """Evidence [n] -> probabilities [n] by the module's formula, where look-alikes are no rivals of each other.
+
+        rows: gives the rows at some places, of which only the best few are looked at. searched: pictures of the
+        collection. sample: evidence [s] of some of its pictures that are not among the n, drawn at random; they stand
+        for all of those.
+        """
+        count = len(evidence)
+        others = np.zeros(0) if sample is None else sample
+        top = max(float(evidence.max()), float(others.max(initial=0)))  # so that no exponential overflows
+        odds = np.exp(evidence - top)
+        unseen = (searched - count) * float(np.exp(others - top).mean()) if len(others) else 0.0
+        rivals = np.full(count, searched * np.exp(-top) + odds.sum() + unseen)
+        best = np.argpartition(-evidence, RIVALS - 1)[:RIVALS] if count > RIVALS else np.arange(count)
+        likely = rows[best]
+        same = (likely @ likely.T >= self.alike).astype(np.float64)
+        np.fill_diagonal(same, 0)
+        rivals[best] -= same @ odds[best]
+        chances: NDArray[np.float64] = np.minimum(odds / rivals, 1)  # rounding
+        return chances
 
     def background(self, gallery_rows: ArrayLike) -> Floats:
         """Pictures [n, d] -> [n]: mean cosine of each with the nearest captions of the bank; high for a hub."""
@@ -197,22 +242,11 @@ class Calibration:
         """The pictures of the bank, the same."""
         return self.bank.pictures.astype(np.float32)
 
-    def _evidence(self, scores: Floats, background: Floats, familiarity: float) -> NDArray[np.float64]:
-        constant, cosine, picture, query = self.weights
-        return cosine * scores.astype(np.float64) + picture * background + (constant + query * familiarity)
 
-    def _choose(self, evidence: NDArray[np.float64], rows: Floats, searched: int) -> NDArray[np.float64]:
-        """Evidence [n] -> probabilities [n] by the module's formula, where look-alikes are no rivals of each other."""
-        count = len(evidence)
-        top = max(float(evidence.max()), 0.0)  # so that no exponential overflows
-        odds = np.exp(evidence - top)
-        rivals = np.full(count, searched * np.exp(-top) + odds.sum())
-        best = np.argpartition(-evidence, RIVALS - 1)[:RIVALS] if count > RIVALS else np.arange(count)
-        same = (rows[best] @ rows[best].T >= self.alike).astype(np.float64)
-        np.fill_diagonal(same, 0)
-        rivals[best] -= same @ odds[best]
-        chances: NDArray[np.float64] = np.minimum(odds / rivals, 1)  # rounding
-        return chances
+def check_finite(values: Floats) -> None:
+    """Raise ClipmatchError unless all values are finite."""
+    if not np.isfinite(values).all():
+        raise ClipmatchError("An embedding of the query or of a picture is not finite; check the model.")
 
 
 def nearest_mean(rows: Floats, bank_rows: Floats) -> Floats:

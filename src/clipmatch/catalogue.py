@@ -14,6 +14,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import (
     CONFIG,
     EMBEDDED,
+    EMBEDDED_NAME,
     FILES,
     FORMAT,
     IMAGE_GRAPH,
@@ -28,8 +29,8 @@ LEVELS = 3
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model. name: what `--model` takes, None for the one that comes with clipmatch. size: bytes on disk, or to
-    download. recall: text-to-image recall@1, 5 and 10 on the dev split that it was chosen on, as fractions.
+    """A model. name: what `--model` takes, None for the one that comes with clipmatch (EMBEDDED_NAME). size: bytes on
+    disk, or to download. recall: text-to-image recall@1, 5 and 10 on the dev split that it was chosen on, as fractions.
     """
 
     name: str | None
@@ -111,7 +112,7 @@ def model_table(rows: Sequence[ModelRow]) -> str:
     table = [("--model", "where", "runs by", "MB", "dim", "dev R@1/5/10", "licence")]
     for row in rows:
         recall = "/".join(f"{100 * value:.1f}" for value in row.recall) if row.recall else "-"
-        name = row.name or "(none)"
+        name = row.name or EMBEDDED_NAME
         size = f"{row.size / 1e6:.1f}"
         table.append((name, row.place, row.runs_by, size, str(row.dim), recall, row.licence or "-"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

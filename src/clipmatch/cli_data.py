@@ -82,7 +82,7 @@ def check_command(
 
     if fix:  # rather now than after an hour
         check_free(fix)
-    embedder = load_model(None if model == "embedded" else model) if model else None
+    embedder = load_model(model) if model else None
     data = load_captions(path, images, format)
     report = check_data(data, train=train_split, dev=dev_split, model=embedder)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report_text(report))
@@ -97,9 +97,8 @@ def fixed_text(fixed: Fixed) -> str:
 
     left_out = ", ".join(f"{name} ({count:,})" for name, count in fixed.left_out.items() if count)
     files = ", ".join(map(str, (fixed.file, *fixed.splits)))
-    return (
-        f"\nwrote {files}: {plural(fixed.kept, 'caption')}; left out: {left_out or 'nothing'}\ntrain: {fixed.command}"
-    )
+    wrote = f"wrote {files}: {plural(fixed.kept, 'caption')}; left out: {left_out or 'nothing'}"
+    return "\n".join(["", wrote, *fixed.remarks, f"train: {fixed.command}"])
 
 
 @data_group.command("show")

@@ -31,7 +31,7 @@ Command = Callable[..., Any]
 
 def model_option(command: Command) -> Command:
     """The option that names a model to search or measure with."""
-    text = "Model folder, training run or hub name of a CLIP; the model that comes with clipmatch if not given."
+    text = 'Model folder, training run or hub name of a CLIP; "embedded", which comes with clipmatch, if not given.'
     return click.option("--model", metavar="NAME", help=text)(command)
 
 

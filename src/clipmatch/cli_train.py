@@ -96,7 +96,7 @@ TRAIN_HELP = {
     "average": "Decay of a moving average of the weights, which is then measured and kept (0.99 is usual).",
     "concepts": "File of what the image tower's classifier knows, to be learnt beside the pictures (runs/concepts.py).",
     "concept_weight": "Weight of the concepts' loss.",
-    "teachers": "Model (folder or hub name) whose likings are learnt beside the pairs; several may be given.",
+    "teachers": 'Model (folder, hub name or "embedded") whose likings are learnt beside the pairs; may be given again.',
     "teacher_weight": "Weight of the teachers' part of the loss.",
     "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
     "augment": "Augment pictures as they are read, when the whole image tower learns.",

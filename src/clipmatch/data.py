@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +42,8 @@ SPLITS = {  # what data sets call the parts
     "dev": ("dev", "val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as broken JSON has it: no text in UTF-8 holds it
+LEAVES = "leaves the image folder"
 NAMES = 1 << 18  # file names whose checks are remembered: each comes once a caption
 OFFICIAL_SPLITS = (
     ("splits/train.txt", "splits/dev.txt"),
@@ -100,11 +105,12 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
         own_folder = reader.images(source)
         if own_folder is not None and images is not None:
             raise ClipmatchError(f"{source} brings its images with it, so {images} would be idle; leave it out.")
-        entries, repaired, dropped = gather(reader.read(source), reader.unit)
+        found = list(reader.read(source))
+    folder = own_folder or choose_folder(source, found, images)
+    entries, repaired, dropped = gather(found, folder, reader.unit)
     if not entries:
-        raise nothing_found(source, reader, dropped)
+        raise nothing_found(source, reader, dropped, folder)
     captions, splits = by_image(entries), splits_of(entries)
-    folder = own_folder or choose_folder(source, captions, images)
     missing = tuple(name for name in captions if not exists(folder / name))
     if len(missing) == len(captions):
         raise ClipmatchError(
@@ -120,21 +126,41 @@ def load_captions(path: str | Path, images: str | Path | None = None, format: st
     return CaptionSet(rows, reader.name, source, repaired, dropped, missing, entries, reader.unit)
 
 
-def nothing_found(source: Path, reader: Reader, dropped: Sequence[LineNote]) -> ClipmatchError:
+def nothing_found(source: Path, reader: Reader, dropped: Sequence[LineNote], folder: Path) -> ClipmatchError:
     """The sentence for captions of which none can be read."""
+    away = bool(dropped) and dropped[0].text.endswith(LEAVES)
     first = f"; the first was {dropped[0].place}: {dropped[0].text}" if dropped else ""
     return ClipmatchError(
         f"{source} has no caption that can be read as {reader.name} (dropped {reader.unit}s: {len(dropped)}{first}); "
-        "choose another file or format."
+        + (f"give names below {folder}, or another folder." if away else "choose another file or format.")
     )
 
 
-def choose_folder(source: Path, names: Iterable[str], images: str | Path | None) -> Path:
-    """The given folder of the images, else the likeliest. Raises ClipmatchError if there is none."""
-    folder = Path(images).expanduser() if images is not None else guess_images(source, names)
+def choose_folder(source: Path, found: Iterable[Entry | LineNote], images: str | Path | None) -> Path:
+    """The given folder of the images; else, where most names are whole paths, the one that holds these; else the
+    likeliest. Raises ClipmatchError if there is none.
+    """
+    names = {normal_name(entry.image): None for entry in found if isinstance(entry, Entry)}
+    whole = [path for path in map(Path, names) if path.is_absolute() and ".." not in path.parts]
+    if images is not None:
+        folder = Path(images).expanduser()
+    elif 2 * len(whole) > len(names):
+        folder = common_folder(whole)
+    else:
+        folder = guess_images(source, [name for name in names if not leaves_folder(name)])
     if not folder.is_dir():
         raise ClipmatchError(f"The image folder {folder} does not exist; give the folder that holds the images.")
     return folder
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The innermost folder that holds all these files, as far as their own folders are there."""
+    parents = {path.parent for path in paths}
+    there = {parent for parent in parents if parent.is_dir()}
+    try:
+        return Path(os.path.commonpath(there or parents))
+    except ValueError:  # on several drives: most of them
+        return Counter(path.parent for path in paths).most_common(1)[0][0]
 
 
 def guess_images(source: Path, names: Iterable[str]) -> Path:
@@ -171,23 +197,30 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def gather(
-    entries: Iterable[Entry | LineNote], unit: str = "line"
+    entries: Iterable[Entry | LineNote], folder: Path, unit: str = "line"
 ) -> tuple[tuple[Entry, ...], tuple[LineNote, ...], tuple[LineNote, ...]]:
-    """What a reader found -> entries that can be used, notes on what was repaired, notes on what was dropped."""
+    """What a reader found -> entries that can be used, notes on what was repaired, notes on what was dropped.
+
+    folder: of the images; whole paths that lie in it become names below it.
+    """
+    folders = tuple({f"{place.as_posix().rstrip('/')}/": None for place in (folder.absolute(), folder.resolve())})
     kept: list[Entry] = []
     repaired: list[LineNote] = []
     dropped: list[LineNote] = []
     for entry in entries:
-        problem = entry if isinstance(entry, LineNote) else check(entry)
-        if problem is not None:
-            dropped.append(replace(problem, unit=unit))
+        if isinstance(entry, LineNote):
+            dropped.append(replace(entry, unit=unit))
             continue
-        assert isinstance(entry, Entry)
-        name, caption = normal_name(entry.image), entry.caption.strip()
+        name, caption = name_below(folders, normal_name(entry.image)), SURROGATE.sub("\ufffd", entry.caption).strip()
+        problem = problem_of(name, caption)
+        if problem is not None:
+            dropped.append(LineNote(entry.line, problem, unit))
+            continue
         changed = name != entry.image or caption != entry.caption
         kept.append(replace(entry, image=name, caption=caption) if changed else entry)
-        if entry.repair:
-            repaired.append(LineNote(entry.line, entry.repair, unit))
+        note = LineNote(entry.line, entry.repair, unit)
+        if entry.repair and repaired[-1:] != [note]:  # a record has perhaps five captions
+            repaired.append(note)
     return tuple(kept), tuple(repaired), tuple(dropped)
 
 
@@ -224,16 +257,18 @@ def split_word(word: str) -> str:
     return next((part for part, words in SPLITS.items() if word in words), word)
 
 
-def check(entry: Entry) -> LineNote | None:
-    """Why an entry cannot be used, or None."""
-    name = normal_name(entry.image)
+def name_below(folders: Sequence[str], name: str) -> str:
+    """A whole path of an image -> its name below one of these spellings of the image folder; any other as it is."""
+    return next((name.removeprefix(folder) for folder in folders if name.startswith(folder)), name)
+
+
+def problem_of(name: str, caption: str) -> str | None:
+    """Why an image name and a caption cannot be used, or None."""
     if name in ("", "."):
-        return LineNote(entry.line, "no image name")
-    if not entry.caption.strip():
-        return LineNote(entry.line, f"empty caption of {entry.image}")
-    if leaves_folder(name):
-        return LineNote(entry.line, f"the image name {name} leaves the image folder")
-    return None
+        return "no image name"
+    if not caption:
+        return f"empty caption of {name}"
+    return f"the image name {name} {LEAVES}" if leaves_folder(name) else None
 
 
 @lru_cache(NAMES)
@@ -264,7 +299,7 @@ def select_split(rows: Iterable[CaptionedImage], split_file: str | Path) -> tupl
     A listed name without a row is no error; a list of which no name has a row is.
     """
     rows, listed = tuple(rows), {normal_name(name) for name in read_split(split_file)}
-    chosen = tuple(row for row in rows if not listed.isdisjoint(spellings(row.path)))
+    chosen = tuple(row for row in rows if not listed.isdisjoint(spellings(row.path.absolute())))
     if not chosen:
         raise ClipmatchError(
             f"None of the {len(listed)} images that {split_file} lists is among the {len(rows)} captioned images; "

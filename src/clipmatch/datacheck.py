@@ -198,10 +198,10 @@ def image_folder(data: CaptionSet) -> Path:
 
 def lines_of(entries: Sequence[Entry]) -> dict[str, list[int]]:
     """The lines of each image's captions."""
-    lines: dict[str, list[int]] = defaultdict(list)
+    lines: dict[str, dict[int, None]] = defaultdict(dict)
     for entry in entries:
-        lines[entry.image].append(entry.line)
-    return lines
+        lines[entry.image][entry.line] = None  # a record has perhaps five captions
+    return {name: list(numbers) for name, numbers in lines.items()}
 
 
 def read_parts(data: CaptionSet, train: str | Path | None, dev: str | Path | None) -> tuple[dict[str, str], SplitCheck]:

@@ -1,8 +1,8 @@
 """A clean copy of a caption file.
 
-In: a caption file that was read, what was found in it, a path. Out: a CSV file that `formats` reads back, beside it
-split files if the data set has some, and what was left out. Never touches the caption file, its images or anything that
-is there already.
+In: captions that were read, what was found in them, a path. Out: a CSV file that `formats` reads back, with a column
+for the parts that the captions themselves tell, beside it split files if the data set has some, and what was left out.
+Never touches the captions, their images or anything that is there already.
 
 Suspicions (near copies, mislabelled captions) are not acted on: they need a person's eye.
 """
@@ -11,25 +11,31 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipmatch.data import CaptionSet
+from clipmatch.data import CaptionSet, splits_of
 from clipmatch.datacheck import DataReport, read_parts
 from clipmatch.errors import ClipmatchError
 from clipmatch.formats import Entry
+from clipmatch.parquet import image_folder as unpacked_folder
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What was written, how to train on it, and what was left out, each kind in words with its number."""
+    """What was written, how to train on it, and what was left out, each kind in words with its number.
+
+    remarks: what else a person must know, in sentences.
+    """
 
     file: Path
     splits: tuple[Path, ...]
     kept: int
     left_out: dict[str, int]
     command: str
+    remarks: tuple[str, ...]
 
 
 def check_free(out: Path) -> None:
@@ -56,7 +62,7 @@ def write_clean(
         raise ClipmatchError(f"Nothing of {data.source} is worth keeping; {out} was not written.")
     names = {entry.image for entry in kept}
     parts, splits = read_parts(data, train, dev)
-    write_new(out, as_csv(kept))
+    write_new(out, as_csv(kept, splits_of(data.entries)))
     files: tuple[Path, ...] = ()
     command = f"clipmatch train --captions {shlex.quote(str(out))} --images {shlex.quote(report.folder)}"
     if parts and not splits.origin.startswith("split by hash"):  # a hash divides the clean copy in the same way
@@ -65,7 +71,10 @@ def write_clean(
             listed = (name for name, own in parts.items() if own == part and name in names)
             write_new(file, "".join(f"{name}\n" for name in listed))
         command += f" --train-split {shlex.quote(str(files[0]))} --dev-split {shlex.quote(str(files[1]))}"
-    return Fixed(out, files, len(kept), left_out, f"{command} --out out/clean")
+    remarks = [f"No split files were written. {splits.problem}"] if splits.problem else []
+    if data.format == "parquet" and unpacked_folder(data.source):
+        remarks.append(f"The pictures lie in the folder for caches, {report.folder}; keep it, or a copy.")
+    return Fixed(out, files, len(kept), left_out, f"{command} --out out/clean", tuple(remarks))
 
 
 def sort_out(data: CaptionSet, report: DataReport) -> tuple[list[Entry], dict[str, int]]:
@@ -81,9 +90,14 @@ def sort_out(data: CaptionSet, report: DataReport) -> tuple[list[Entry], dict[st
         ("captions of missing images", {image.image for image in report.missing}),
         ("captions of unreadable images", {image.image for image in report.unreadable}),
         ("captions of images that dev has too", copied),
+        (
+            "captions of images with names that no text file holds",
+            {e.image for e in data.entries if not is_line(e.image)},
+        ),
     )
     odd = {(caption.line, caption.image, caption.caption) for caption in report.odd}
-    left_out = {"lines that were dropped": len(report.dropped)} | {name: 0 for name, _ in reasons} | {"odd captions": 0}
+    left_out = {f"{data.unit}s that were dropped": len(report.dropped)}
+    left_out |= {name: 0 for name, _ in reasons} | {"odd captions": 0}
     kept = []
     for entry in data.entries:
         reason = next((name for name, images in reasons if entry.image in images), None)
@@ -96,12 +110,19 @@ def sort_out(data: CaptionSet, report: DataReport) -> tuple[list[Entry], dict[st
     return kept, left_out
 
 
-def as_csv(entries: list[Entry]) -> str:
-    """Captions as CSV, one a line: a line break in a caption becomes a space."""
+def is_line(name: str) -> bool:
+    """Whether a file of lines in UTF-8 can hold a name: Linux allows any bytes, line breaks too."""
+    return not re.search("[\n\r\ud800-\udfff]", name)
+
+
+def as_csv(entries: list[Entry], splits: dict[str, str]) -> str:
+    """Captions as CSV, one a line: a line break in a caption becomes a space. splits: the parts of images, if any."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "caption"])
-    writer.writerows([entry.image, " ".join(entry.caption.split())] for entry in entries)
+    writer.writerow(["image", "caption", *(["split"] if splits else [])])
+    for entry in entries:
+        part = [splits.get(entry.image, "")] if splits else []
+        writer.writerow([entry.image, " ".join(entry.caption.split()), *part])
     return text.getvalue()
 
 

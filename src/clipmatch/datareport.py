@@ -155,6 +155,7 @@ def note(line: LineNote) -> str:
 
 def lines(numbers: Sequence[int], unit: str) -> str:
     """Line numbers in words, the first few of many."""
+    numbers = list(dict.fromkeys(numbers))  # a record has perhaps five captions
     first = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
     return f"{unit}{'s' * (len(numbers) > 1)} {first}"
 

@@ -19,6 +19,7 @@ from clipmatch.config import TrainConfig
 from clipmatch.data import CaptionedImage
 
 CHANCE = 0.97  # of the loss of pure guessing; an epoch of learning brings it below 0.9 even in a small run
+LONG = 500  # steps of a first epoch, whose second half should tell more than guessing
 CEILING = 0.999  # of the largest logit scale
 FLOOR = 2.0  # a logit scale at which no softmax can be sharp; runs begin at 14 (10 with the sigmoid)
 COLLAPSED = 0.9  # mean cosine of different dev pictures or captions; 0.0 to 0.4 is usual
@@ -47,8 +48,10 @@ def check_epoch(
     last = len([row for row in history if row["kind"] == "step"])
     found = [*check_scale(steps, most), *check_steps(steps), *check_overfitting(epochs)]
     plain = settings.loss == "softmax" and not settings.teachers and not settings.concepts
-    if plain and last >= 20 and epochs[-1]["epoch"] > 0:  # the first epoch may be all warm-up
+    if plain and last >= 20 and epochs[-1]["epoch"] > 0:  # the first epoch may be all warm-up ...
         found += check_chance(epochs[-1]["train_loss"], batch_size)
+    elif plain and len(steps) >= LONG and settings.warmup * settings.epochs < 0.5:  # ... unless it is a long one
+        found += check_chance(float(np.mean([row["loss"] for row in steps[len(steps) // 2 :]])), batch_size)
     return found
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.vectors import Rows
+
 COSINE = 0.75  # at least, of two near-duplicates
 BITS = 10  # of 64, that may differ at most
 BLOCK = 2048  # rows compared with all at once
@@ -51,7 +53,7 @@ def stack_places(
     return stacks
 
 
-def group_near(rows: NDArray[np.float32], hashes: NDArray[np.uint64]) -> list[list[int]]:
+def group_near(rows: Rows | NDArray[np.float32], hashes: NDArray[np.uint64]) -> list[list[int]]:
     """All photographs -> groups of two or more that near-duplicates link, largest first; places rise within a group."""
     parent = np.arange(len(rows))
 

@@ -28,6 +28,7 @@ from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
     EMBEDDED,
+    EMBEDDED_NAME,
     IMAGE_GRAPH,
     LOG_SCALE,
     TEXT_GRAPH,
@@ -359,14 +360,14 @@ def load_model(
 ) -> BatchedEmbedder:
     """A model by name -> something that embeds.
 
-    name: None for the model that comes with clipmatch; a model folder, a training run's folder, or a hub repository of
-    one; a Hugging Face folder or hub name of a CLIP-like model ("openai/clip-vit-base-patch32"). device: "cpu",
-    "cuda", ...; None takes the fastest. precision: "float32" (the default: exact and the same everywhere), "bfloat16",
-    "float16". A folder with ONNX graphs runs on the CPU without PyTorch unless another device or precision is asked
-    for.
+    name: None or "embedded" for the model that comes with clipmatch; a model folder, a training run's folder, or a hub
+    repository of one; a Hugging Face folder or hub name of a CLIP-like model ("openai/clip-vit-base-patch32"). device:
+    "cpu", "cuda", ...; None takes the fastest. precision: "float32" (the default: exact and the same everywhere),
+    "bfloat16", "float16". A folder with ONNX graphs runs on the CPU without PyTorch unless another device or precision
+    is asked for.
     Raises ClipmatchError if there is no such model, or it needs PyTorch and that is not installed.
     """
-    if name is None:
+    if name is None or name == EMBEDDED_NAME:
         return load_folder(embedded_folder(), device, precision)
     found = find_local(name)
     embedder = load_named(str(name), found, device, precision)

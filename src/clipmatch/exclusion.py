@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,6 +40,14 @@ from clipmatch.errors import ClipmatchError
 Integers: TypeAlias = NDArray[np.int64]
 
 EmbedTexts: TypeAlias = Callable[[list[str]], Floats]
+
+
+class RowsInBlocks(Protocol):
+    """Unit rows [n, d] that are asked for some at a time: an array, or what need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: slice, /) -> Floats: ...
+
 
 PLURAL = "{}s"  # not for what ends in s already
 PHRASINGS = ("a photo of {}", PLURAL)
@@ -79,12 +87,17 @@ class Verdict:
 
 
 def shows(
-    embedder: Embedder, calibration: Calibration, gallery_rows: ArrayLike, concepts: Sequence[str]
+    embedder: Embedder, calibration: Calibration, gallery_rows: RowsInBlocks, concepts: Sequence[str]
 ) -> list[NDArray[np.bool_]]:
     """For each concept, which pictures [n] are taken to show it. Raises ClipmatchError as `judge` does."""
-    rows = np.asarray(gallery_rows, np.float32)
-    likest = find_likest(calibration, rows) if calibration.exclusion else None
-    return [judge(calibration, embed_concept(embedder.embed_texts, text), rows, likest).vetoed for text in concepts]
+    embedded = [embed_concept(embedder.embed_texts, text) for text in concepts]
+    vetoed = [np.zeros(len(gallery_rows), bool) for _ in concepts]
+    for start in range(0, len(gallery_rows), BLOCK):
+        rows = gallery_rows[start : start + BLOCK]
+        likest = find_likest(calibration, rows) if calibration.exclusion else None
+        for concept, found in zip(embedded, vetoed, strict=True):
+            found[start : start + BLOCK] = judge(calibration, concept, rows, likest).vetoed
+    return vetoed
 
 
 def embed_concept(embed_texts: EmbedTexts, concept: str) -> Floats:

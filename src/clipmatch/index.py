@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
+from typing import TypeVar
 
-from clipmatch.approximate import build_approximate
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmatch.approximate import Approximate, approximate_file, build_approximate, open_approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, Failure, load_model
@@ -23,7 +28,21 @@ from clipmatch.query import Query, Term, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
 from clipmatch.store import Filter, ModelName, Photo, Root, Store, default_index
-from clipmatch.vectors import Gallery, open_gallery
+from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
+
+Answer = TypeVar("Answer")
+
+FILTERS = 4  # whose places are remembered, for a page follows another
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The derived files of an index, open. stamp: what they were at that time. passing: places by filter."""
+
+    stamp: tuple[object, ...]
+    gallery: Gallery
+    near: Approximate | None
+    passing: dict[Filter, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class Index:
@@ -41,6 +60,8 @@ class Index:
         self.store = store
         self._load = embedder
         self._embedder: Embedder | None = None
+        self._opened: Opened | None = None
+        self._opening = Lock()
 
     @classmethod
     def open(
@@ -136,7 +157,24 @@ class Index:
         """`find`, for a query and a request that are made already."""
         with self.store.snapshot():
             check_model(self.store, self.embedder)  # another process may have changed it
-            return search(self.store, self.gallery(), self.embedder, self.calibration, query, request)
+            return self._use(lambda opened: self._search(opened, query, request))
+
+    def _search(self, opened: Opened, query: Query, request: Request) -> Matches:
+        passing = self._passing(opened, request.where)
+        return search(self.store, opened.gallery, opened.near, passing, self.embedder, self.calibration, query, request)
+
+    def _passing(self, opened: Opened, where: Filter) -> NDArray[np.int64] | None:
+        """Places of the photographs that pass a filter; None without one. The last filters' are remembered."""
+        if not where:
+            return None
+        places = opened.passing.get(where)
+        if places is None:
+            places = opened.gallery.places(self.store.numbers(where))
+            with self._opening:
+                for oldest in list(opened.passing)[: 1 - FILTERS]:
+                    del opened.passing[oldest]
+                opened.passing[where] = places
+        return places
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.
@@ -160,12 +198,14 @@ class Index:
     def duplicates(self, where: Filter | None = None) -> list[list[Photo]]:
         """Groups of near-duplicates, the largest group first, in each the photograph with the most pixels first."""
         with self.store.snapshot():
-            gallery = self.gallery()
-            if where:
-                gallery = gallery.part(gallery.places(self.store.numbers(where)))
-            groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
-            found = [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
+            found = self._use(lambda opened: self._groups(opened.gallery, where))
         return [sorted(group, key=pixels, reverse=True) for group in found]
+
+    def _groups(self, gallery: Gallery, where: Filter | None) -> list[list[Photo]]:
+        if where:
+            gallery = gallery.part(gallery.places(self.store.numbers(where)))
+        groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
+        return [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
 
     def reembed(self, model: str | Path | Embedder | None = None, progress: bool = True) -> Summary:
         """Change over to another model; None: the one that comes with clipmatch.
@@ -182,13 +222,36 @@ class Index:
 
     def gallery(self) -> Gallery:
         """What is searched, as it is now."""
-        return open_gallery(self.store, self.calibration)
+        return self._open().gallery
 
     def derive(self) -> bool:
         """Make the files that searches are quicker with -> whether all that this many rows need are there."""
         with self.store.snapshot():
             check_model(self.store, self.embedder)
-            return build_approximate(self.store.path, self.store.content, self.gallery())
+            return self._use(lambda opened: build_approximate(self.store.path, self.store.content, opened.gallery))
+
+    def _open(self) -> Opened:
+        """The derived files, opened once for as long as the store and they stay as they are."""
+        path, calibration = self.store.path, self.calibration
+        with self._opening:
+            if self._opened is None or self._opened.stamp != self._stamp():
+                self._opened = None  # lets go of the old files first
+                gallery = open_gallery(self.store, calibration)
+                near = open_approximate(path, self.store.content, gallery)
+                self._opened = Opened(self._stamp(), gallery, near)
+            return self._opened
+
+    def _stamp(self) -> tuple[object, ...]:
+        """What changes when something else should be opened."""
+        path, content = self.store.path, self.store.content
+        return content, self.calibration, stamp_of(vectors_file(path)), stamp_of(approximate_file(path, content))
+
+    def _use(self, ask: Callable[[Opened], Answer]) -> Answer:
+        """Ask the derived files; once more if one turns out to be damaged, for it is made anew then."""
+        try:
+            return ask(self._open())
+        except DamagedVectors:
+            return ask(self._open())
 
     @property
     def calibration(self) -> Calibration | None:
@@ -208,6 +271,15 @@ def changed(root: Root, exclude: Sequence[str] | None, follow_links: bool | None
     if exclude is not None:
         root = replace(root, exclude=tuple(pattern for pattern in exclude if pattern))
     return root if follow_links is None else replace(root, follow_links=follow_links)
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Which file lies there, and as of when; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def pixels(photo: Photo) -> int:

@@ -28,7 +28,8 @@ IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION = "image.onnx", "text.onnx", "calibration.j
 FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION)
 LOG_SCALE = "log_logit_scale"  # in "about" of an ONNX folder, whose graphs have no need of it: training goes on from it
 LOGIT_BIAS = "logit_bias"  # in "about" of a model trained with the sigmoid loss: training goes on from it
-EMBEDDED = Path(__file__).parent / "embedded"  # the model that comes with the package
+EMBEDDED = Path(__file__).parent / "embedded"  # the model that comes with the package ...
+EMBEDDED_NAME = "embedded"  # ... and its name wherever one is asked for; a folder of that name is "./embedded"
 
 
 # Finding it
@@ -55,7 +56,7 @@ def find_local(name: str | Path) -> Path | None:
 
     NAME.old is what a save that was cut off in its last moment leaves behind.
     """
-    path = Path(name).expanduser()
+    path = EMBEDDED if name == EMBEDDED_NAME else Path(name).expanduser()
     old = path.absolute().parent / (path.absolute().name + ".old")
     candidates = (path, path / "best", path / "best.old", old)
     return next((candidate for candidate in candidates if (candidate / CONFIG).is_file()), None)

@@ -33,7 +33,10 @@ BEGINNINGS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8"
 
 @dataclass(frozen=True)
 class Table:
-    """An opened file and the names of its columns. embedded: the image column holds the pictures themselves."""
+    """An opened file and the names of its columns. embedded: the image column holds the pictures themselves.
+
+    light: what can be read of it without them: the paths, if there are some.
+    """
 
     path: Path
     file: ParquetFile
@@ -41,14 +44,16 @@ class Table:
     captions: tuple[str, ...]
     split: str | None
     embedded: bool
+    light: tuple[str, ...]
 
 
 def read_parquet(path: Path) -> Iterator[Entry | LineNote]:
     """Rows of an image (path, bytes, or Hugging Face's `{bytes, path}`) and its captions (a string or a list)."""
     tables, root, number = open_tables(path), image_root(path), 0
     names = iter(unpacked_names(tables)) if tables[0].embedded else None
+    first: dict[str, tuple[int, str, str]] = {}  # of each picture: its row, the name and the split that this tells
     for table in tables:
-        columns = [*table.captions, *([table.split] if table.split else []), *([] if names else [table.image])]
+        columns = [*table.captions, *([table.split] if table.split else []), *table.light]
         shard_split = split_of(table.path.relative_to(root).as_posix())
         for row in rows_of(table, columns):
             number += 1
@@ -57,8 +62,17 @@ def read_parquet(path: Path) -> Iterator[Entry | LineNote]:
                 yield LineNote(number, "no image")
                 continue
             split = row[table.split] if table.split else shard_split
+            split = split if isinstance(split, str) else ""
+            own = picture_of(row.get(table.image))[1] if names else name
+            before, *told = first.setdefault(name, (number, own, split))
+            copy = "" if told == [own, split] else f"the picture of row {before} again: {one_image(told[1], split)}"
             for caption in captions_of([row[column] for column in table.captions]) or [""]:
-                yield Entry(number, name, caption, split=split if isinstance(split, str) else "")
+                yield Entry(number, name, caption, copy, split)
+
+
+def one_image(before: str, split: str) -> str:
+    """What becomes of a picture that two rows hold, of these splits."""
+    return "one image" if before == split else f"one image, though of {before or 'no split'} and {split or 'no split'}"
 
 
 def open_tables(path: Path) -> list[Table]:
@@ -91,7 +105,10 @@ def open_table(path: Path) -> Table:
     embedded = arrow.types.is_struct(kind) or arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
     captions = tuple(names[at] for at in columns.captions)
     split = names[columns.split] if columns.split is not None else None
-    return Table(path, file, names[columns.image], captions, split, embedded)
+    image = names[columns.image]
+    has_paths = arrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
+    light = (f"{image}.path",) if has_paths else () if embedded else (image,)
+    return Table(path, file, image, captions, split, embedded, light)
 
 
 @contextmanager

@@ -14,14 +14,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig
 from clipmatch.data import CaptionedImage, Splits
+from clipmatch.features import FeatureTable, cache_root
 from clipmatch.model import CLIPModel
 from clipmatch.preprocess import Tokenizer
+from clipmatch.sources import CachedImages, CachedTexts
 from clipmatch.trainer import Trainer, shape_of_epoch
 from clipmatch.training import find_state, read_splits, start_from
 
@@ -42,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do and take: times in seconds, memory in bytes."""
+    """What a run would do and take: times in seconds, memory and disk in bytes."""
 
     splits: Splits
     settings: TrainConfig
@@ -54,6 +57,7 @@ class Plan:
     step_seconds: float
     look_seconds: float  # at dev, once
     memory: int  # peak so far, of the process or of the GPU
+    cache: int  # features of frozen towers on disk, those included that are there already
 
     @property
     def steps(self) -> int:
@@ -77,6 +81,9 @@ class Plan:
             f"steps   {self.steps_per_epoch} an epoch, {self.steps} in all; batches of {self.batch_size}{accumulated}",
             f"device  {self.device}",
             f"memory  {self.memory / BYTES:.1f} GB at the most, so far",
+            f"disk    {size_in_words(self.cache)} of features of frozen towers, less what is there, in {cache_root()}"
+            if self.cache
+            else "disk    no features are cached",
             f"time    about {in_words(self.seconds)}: {in_words(self.prepare_seconds)} of preparing (features of "
             f"frozen towers, unless they are cached), {in_words(self.steps * self.step_seconds)} of steps "
             f"({self.step_seconds:.2f} s each)",
@@ -116,6 +123,7 @@ def plan_run(
         step_seconds=step_seconds * settings.accumulate,
         look_seconds=look_seconds * len(splits.dev) / looked,
         memory=peak_memory(trainer.device),
+        cache=cache_size(trainer, splits),
     )
 
 
@@ -136,6 +144,22 @@ def measure(trainer: Trainer) -> tuple[float, float]:
     began = time.perf_counter()
     trainer.measure_dev()
     return sum(times[WARM:]) / MEASURED, time.perf_counter() - began
+
+
+def cache_size(trainer: Trainer, splits: Splits) -> int:
+    """Bytes of the features that a run on all pictures and captions keeps on disk; copies lie there once."""
+    images, texts, size = trainer.pairs.images, trainer.pairs.texts, 0
+    if isinstance(images, CachedImages):
+        size += row_size(images.table) * (len(splits.train) * trainer.settings.views + len(splits.dev))
+    if isinstance(texts, CachedTexts):
+        captions = {caption for row in (*splits.train, *splits.dev) for caption in row.captions}
+        size += row_size(texts.table) * len(captions)
+    return size
+
+
+def row_size(table: FeatureTable) -> int:
+    """Bytes of one picture's or caption's features."""
+    return int(np.prod(table.rows.shape[1:])) * table.rows.itemsize
 
 
 def parts_of(model: CLIPModel, settings: TrainConfig) -> tuple[Part, ...]:
@@ -159,6 +183,8 @@ def part(name: str, parameters: Iterable[nn.Parameter], rate: float) -> Part:
 
 def describe(one: Part) -> str:
     """A part, in a line."""
+    if not one.weights:
+        return f"learn   nothing of the {one.name}, which stays an ONNX graph"
     rate = f", peak rate {one.rate:g}" if one.learning else ""
     return f"learn   {one.learning / 1e6:.2f} of {one.weights / 1e6:.2f} million weights of the {one.name}{rate}"
 
@@ -173,6 +199,11 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def size_in_words(size: int) -> str:
+    """Bytes, to the unit that fits."""
+    return f"{size / BYTES:.1f} GB" if size >= BYTES / 2 else f"{size / (1 << 20):.1f} MB"
 
 
 def in_words(seconds: float) -> str:

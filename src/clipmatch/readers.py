@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipmatch.archive import compression
 from clipmatch.errors import ClipmatchError
 from clipmatch.folders import FOLDER_READERS, has_shards, is_image_folder, is_pattern
 from clipmatch.formats import CAPTION_COLUMNS, IMAGE_COLUMNS, LINE_READERS, Reader, split_lines
@@ -117,6 +118,8 @@ def pick_reader(source: Path, format: str | None) -> Reader:
     for reader in READERS:
         if reader.sniff(source, head):
             return reader
+    if source.is_file() and (kind := compression(source)):
+        raise ClipmatchError(f"{source} is compressed by {kind}; unpack it, and give what is inside.")
     raise ClipmatchError(
         f"The format of {source} is not recognised (first line {head[0][:80]!r}); known: {known}. A table needs a "
         f"header with one of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}."

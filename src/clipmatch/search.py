@@ -6,15 +6,16 @@ Knows nothing of folders on disk or of training. Shapes: n photographs, d number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.approximate import CANDIDATES, nearest
+from clipmatch.approximate import Approximate
 from clipmatch.calibration import Calibration
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder, Failure
@@ -22,13 +23,16 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.exclusion import shows
 from clipmatch.query import Query
 from clipmatch.store import Filter, Photo, Store
-from clipmatch.vectors import Gallery
+from clipmatch.vectors import Gallery, are_among
 
 Stacking: TypeAlias = Literal["show", "stack", "hide"]
+Order: TypeAlias = Callable[[int], NDArray[np.int64]]  # at most so many places, best first
 
 FUSION = 60  # constant of reciprocal rank fusion
 WORDS = 1000  # photographs that the words of names and captions contribute at most
 POOL = 10  # candidates for each match that is shown, for they may be near-duplicates of each other
+CANDIDATES = 1000  # rows of a very large gallery that are looked at
+EXACT = 100  # of them that are compared exactly, and as many more as a page may need
 BLOCK = 100  # matches that are put in order together, where they are to differ from each other
 RELEVANCE = 0.5  # weight of relevance against novelty
 
@@ -121,56 +125,94 @@ class Ranking:
     scores: NDArray[np.float32]
     confidences: NDArray[np.float64] | None
 
-    def order(self) -> NDArray[np.int64]:
-        """Places, best first: confidence allows for photographs that are near to every sentence."""
-        if self.confidences is None:
-            return np.argsort(-self.scores, kind="stable")
-        return np.lexsort((-self.scores, -self.confidences))
+    def best(self, most: int, among: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """At most so many of the places that are marked [n], best first: confidence allows for photographs that are
+        near to every sentence.
+        """
+        places = np.flatnonzero(among)
+        values = (self.scores if self.confidences is None else self.confidences)[places]
+        if most < len(places):  # sorting all takes far longer than finding the best
+            good = values >= np.partition(values, -most)[-most]
+            places, values = places[good], values[good]
+        return places[np.lexsort((-self.scores[places], -values))][:most]
 
 
 def search(
-    store: Store, gallery: Gallery, embedder: Embedder, calibration: Calibration | None, query: Query, request: Request
+    store: Store,
+    gallery: Gallery,
+    near: Approximate | None,
+    passing: NDArray[np.int64] | None,
+    embedder: Embedder,
+    calibration: Calibration | None,
+    query: Query,
+    request: Request,
 ) -> Matches:
     """The photographs of an index that match a query best.
 
+    near: knows which of a very large gallery to compare. passing: places of the photographs that pass the request's
+    filter; None without one.
     Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
     """
     need_calibration(calibration, query, request)
-    if request.where:
-        gallery = gallery.part(gallery.places(store.numbers(request.where)))
-    if not len(gallery):
+    searched = len(gallery) if passing is None else len(passing)
+    if not searched:
         return Matches(str(query), [])
     rows = query.vectors(embedder)
     named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
-    searched = len(gallery)
-    if not request.where:
-        gallery = narrowed(store, gallery, query, rows, named, request)
-    ranking = rank(gallery, rows, query, calibration, searched)
-    order = ranking.order()
-    allowed = permitted(gallery, embedder, calibration, request.exclude)
-    order = order[allowed[order]]
-    best = match_of(store, gallery, ranking, order[:1]) if len(order) else None
+    if near and not query.is_mixed and searched > candidates(request):
+        narrow = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
+        gallery, ranking = narrow.gallery, rank_narrowed(narrow, rows, query, calibration, searched, request)
+    else:
+        gallery = gallery if passing is None else gallery.part(passing)
+        ranking = rank(gallery, rows, query, calibration)
+    shown = ~permitted(gallery, embedder, calibration, request.exclude)
+    vetoed = int(np.count_nonzero(shown))
+    best = [match_of(store, gallery, ranking, place) for place in ranking.best(1, ~shown)[:, None]]
+    among = ~shown
     if request.min_confidence is not None and ranking.confidences is not None:
-        order = order[ranking.confidences[order] >= request.min_confidence]
+        among &= ranking.confidences >= request.min_confidence
+    order: Order = partial(ranking.best, among=among)
     if len(named):
         places = gallery.places(named)
-        if request.min_confidence is not None and ranking.confidences is not None:
-            places = places[ranking.confidences[places] >= request.min_confidence]
-        order = fuse(order, places[allowed[places]])
+        order = order_of(fuse(order(len(gallery)), places[among[places]]))
     found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
-    vetoed = int(np.count_nonzero(~allowed))
-    return Matches(str(query), found, best=best, searched=searched, vetoed=vetoed)
+    return Matches(str(query), found, best=best[0] if best else None, searched=searched, vetoed=vetoed)
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """Of a very large gallery: what is worth looking at, with rough cosines [n], and a sample of the rest."""
+
+    gallery: Gallery
+    rough: NDArray[np.float32]
+    rest: Gallery
+
+
+def candidates(request: Request) -> int:
+    """How many rows of a very large gallery are worth looking at."""
+    return max(CANDIDATES, request.page * request.top_k * POOL)
 
 
 def narrowed(
-    store: Store, gallery: Gallery, query: Query, rows: NDArray[np.float32], named: NDArray[np.int64], request: Request
-) -> Gallery:
-    """Of a very large gallery, what is worth comparing: the probably nearest and the photographs with these numbers."""
-    if query.is_mixed:
-        return gallery
-    most = max(CANDIDATES, request.page * request.top_k * POOL)
-    places = nearest(store.path, store.content, gallery, sum_of_terms(query, rows), most)
-    return gallery if len(places) == len(gallery) else gallery.part(np.union1d(places, gallery.places(named)))
+    gallery: Gallery,
+    near: Approximate,
+    row: NDArray[np.float32],
+    passing: NDArray[np.int64] | None,
+    named: NDArray[np.int64],
+    request: Request,
+) -> Narrowed:
+    """What is probably nearest of the places that pass a filter, and the photographs with these numbers."""
+    places, cosines = near.nearest(row, candidates(request), passing)
+    others = np.setdiff1d(gallery.places(named), places)
+    if passing is not None:
+        others = others[are_among(others, passing)]
+    joined = np.concatenate([places, others])
+    order = np.argsort(joined)
+    rough = np.concatenate([cosines, gallery.rows[others] @ row])[order]
+    left = ~are_among(near.drawn, joined[order])
+    if passing is not None:
+        left &= are_among(near.drawn, passing)
+    return Narrowed(gallery.part(joined[order]), rough, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
@@ -185,23 +227,53 @@ def need_calibration(calibration: Calibration | None, query: Query, request: Req
         raise ClipmatchError("Confidence is known for sentences only; leave out --min-confidence or the example.")
 
 
-def rank(
-    gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None, searched: int
-) -> Ranking:
-    """Terms' unit rows [t, d] -> how well each photograph matches. searched: photographs that the gallery stands for.
+def rank(gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration: Calibration | None) -> Ranking:
+    """Terms' unit rows [t, d] -> how well each photograph matches.
 
     Sentences, or examples, are added up as vectors. Cosines of a sentence are of another size than those of an
     example, so where both occur each term's are standardised over the gallery first.
     """
     if query.is_mixed:
         weights = query.weights
-        cosines = gallery.rows @ rows.T  # [n, t]
+        cosines = gallery.rows.cosines(rows)  # [n, t]
         spread = np.maximum(cosines.std(axis=0), 1e-6)
         return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
     row = sum_of_terms(query, rows)
-    calibrated = calibration if query.is_text else None
-    confidences = calibrated.probabilities(row, gallery.rows, gallery.background, searched) if calibrated else None
-    return Ranking(gallery.rows @ row, confidences)
+    scores = gallery.rows.cosines(row)
+    if calibration is None or gallery.background is None or not query.is_text:
+        return Ranking(scores, None)
+    evidence = calibration.evidence(row)(scores, gallery.background)
+    return Ranking(scores, calibration.choose(evidence, gallery.rows, len(gallery)))
+
+
+def rank_narrowed(
+    narrow: Narrowed,
+    rows: NDArray[np.float32],
+    query: Query,
+    calibration: Calibration | None,
+    searched: int,
+    request: Request,
+) -> Ranking:
+    """The same for what was narrowed from `searched` photographs, whose best are compared exactly."""
+    gallery, row = narrow.gallery, sum_of_terms(query, rows)
+    most = EXACT + request.page * request.top_k * POOL
+    if calibration is None or gallery.background is None or narrow.rest.background is None or not query.is_text:
+        return Ranking(refined(gallery, row, narrow.rough, narrow.rough, most), None)
+    weigh = calibration.evidence(row)
+    scores = refined(gallery, row, narrow.rough, weigh(narrow.rough, gallery.background), most)
+    sample = weigh(narrow.rest.rows.cosines(row), narrow.rest.background)
+    evidence = weigh(scores, gallery.background)
+    return Ranking(scores, calibration.choose(evidence, gallery.rows, searched, sample))
+
+
+def refined(
+    gallery: Gallery, row: NDArray[np.float32], rough: NDArray[np.float32], values: NDArray[Any], most: int
+) -> NDArray[np.float32]:
+    """Rough cosines [n] -> [n], those with the highest values [n] compared exactly."""
+    best = np.sort(np.argpartition(-values, most)[:most]) if most < len(rough) else np.arange(len(rough))
+    scores: NDArray[np.float32] = rough.copy()
+    scores[best] = gallery.rows[best] @ row
+    return scores
 
 
 def sum_of_terms(query: Query, rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -230,32 +302,39 @@ def fuse(*orders: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array(sorted(points, key=lambda place: -points[place]), np.int64)
 
 
-def arrange(store: Store, gallery: Gallery, order: NDArray[np.int64], request: Request) -> list[NDArray[np.int64]]:
-    """Places, best first -> those of the page that is asked for, each with the near-duplicates below it.
+def order_of(places: NDArray[np.int64]) -> Order:
+    """The order of places that are in order already."""
+    return lambda most: places[:most]
+
+
+def arrange(store: Store, gallery: Gallery, order: Order, request: Request) -> list[NDArray[np.int64]]:
+    """The order of the places -> those of the page that is asked for, each with the near-duplicates below it.
 
     Whatever the pages' size, one page goes on where the one before has ended.
     """
     most = request.page * request.top_k
     needed = -(-most // BLOCK) * BLOCK if request.diverse else most
     if request.duplicates == "show":
-        stacks = [order[at : at + 1] for at in range(min(needed, len(order)))]
+        stacks = list(order(needed)[:, None])
     else:
         stacks = make_stacks(store, gallery, order, needed)
     if request.diverse:
         blocks = [stacks[at : at + BLOCK] for at in range(0, len(stacks), BLOCK)]
-        stacks = [block[at] for block in blocks for at in diversify(gallery.rows[[int(stack[0]) for stack in block]])]
+        stacks = [
+            block[at] for block in blocks for at in diversify(gallery.rows[np.array([stack[0] for stack in block])])
+        ]
     if request.duplicates == "hide":
         stacks = [stack[:1] for stack in stacks]
     return stacks[most - request.top_k : most]
 
 
-def make_stacks(store: Store, gallery: Gallery, order: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
-    """Places, best first -> `most` stacks of near-duplicates, or as many as there are."""
+def make_stacks(store: Store, gallery: Gallery, order: Order, most: int) -> list[NDArray[np.int64]]:
+    """The order of the places -> `most` stacks of near-duplicates, or as many as there are."""
     size = most * POOL
     while True:
-        pool = order[:size]
+        pool = order(size)
         stacks = stack_places(pool, gallery.rows[pool], store.hashes(gallery.numbers[pool]), most)
-        if len(stacks) == most or len(pool) == len(order):
+        if len(stacks) == most or len(pool) < size:
             return stacks
         size *= 4
 

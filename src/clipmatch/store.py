@@ -383,11 +383,11 @@ class Store:
     def numbers(self, where: Filter) -> NDArray[np.int64]:
         """The numbers of the photographs that pass, rising."""
         condition, values = where.sql()
-        found: set[int] = set()
+        found = [np.empty(0, np.int64)]
         for place, places in [below(folder) for folder in where.folders] or [("1", [])]:
             question = f"SELECT id FROM photos WHERE {place} AND {condition}"
-            found.update(number for (number,) in self._read(question, places + values))
-        return np.array(sorted(found), np.int64)
+            found.append(np.fromiter((number for (number,) in self._read(question, places + values)), np.int64))
+        return np.unique(np.concatenate(found))
 
     def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The picture hashes [n] of photographs, by their numbers."""

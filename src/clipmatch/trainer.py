@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from clipmatch.adapters import adapter_state, restore_adapters
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
@@ -37,23 +36,17 @@ from clipmatch.optimization import (
     WeightAverage,
     build_optimizer,
     describe_parameters,
-    pack_optimizer,
     prepare_towers,
     rate_at,
     refuse_frozen_random,
     standardise_input,
-    unpack_optimizer,
 )
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
+from clipmatch.runstate import RunState, SaveClock
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, usable_cores
 from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
 from clipmatch.teachers import Teachers, ask_teachers
-
-STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
-ADAPTERS, NEIGHBOURS = "adapters.safetensors", "neighbours.safetensors"
-SAVE_EVERY = 60.0  # seconds between saves of last/, so much is lost at most when a run is killed ...
-SAVE_SHARE = 0.05  # ... unless saving would take more than this part of the time
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,8 @@ class Trainer:
             note(batch_line(self.batch_size, ranks.count))
         self.neighbours: torch.Tensor | None = None  # int32 [n, k], if hard negatives are mined
         self.step = 0
-        self.saved, self.save_seconds = time.perf_counter(), 0.0
+        self.state = RunState(self.model, self.optimizer, self.scaler, self.average, adapted=settings.lora > 0)
+        self.clock = SaveClock()
         self.best: dict[str, Any] | None = None
         self.best_step = -1
         self.looks_since_best = 0
@@ -197,7 +191,7 @@ class Trainer:
                 if self.step % self.steps_per_epoch == 0:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self.end_epoch(log, seconds, last=self.step == total)
-                if self.step == total or self.exhausted or self.save_is_due():
+                if self.step == total or self.exhausted or self.clock.is_due():
                     self.save_last()
             if self.exhausted:
                 note(f"stopped early: no better dev recall in {self.settings.patience} looks")
@@ -317,10 +311,6 @@ class Trainer:
         self.findings += check_rows(*rows[:2], self.step, self.steps_per_epoch * self.settings.epochs)
         return measure(*rows, bootstrap=False)
 
-    def save_is_due(self) -> bool:
-        """Whether enough would be lost by now, were the run killed, to pay for a save."""
-        return time.perf_counter() - self.saved > max(SAVE_EVERY, self.save_seconds / SAVE_SHARE)
-
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Context: the model as it is used, in float32 where that is cheap, like `evaluate`: for heads alone."""
@@ -332,9 +322,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """Everything that a resumed run needs."""
-        began = time.perf_counter()
-        tensors, numbers = pack_optimizer(self.optimizer)
-        state = {
+        standing = {
             "split_hash": self.train_hash,
             "seed": self.seed,
             "began_from": self.began_from,
@@ -344,19 +332,9 @@ class Trainer:
             "best_step": self.best_step,
             "looks_since_best": self.looks_since_best,
             "history": len(self.history),
-            "optimizer": numbers,
-            "scaler": self.scaler.state_dict(),
         }
-        extra = {OPTIMIZER: tensors, STATE: state}
-        if self.average:
-            extra[AVERAGE] = {name: value.cpu() for name, value in self.average.values.items()}
-        if self.settings.lora:
-            extra[ADAPTERS] = adapter_state(self.model)
-        if self.neighbours is not None:  # they are of the weights at the epoch's start
-            extra[NEIGHBOURS] = {"neighbours": self.neighbours}
-        self.save("last", extra)
-        self.saved = time.perf_counter()
-        self.save_seconds = self.saved - began
+        with self.clock.saving():
+            self.save("last", self.state.pack(standing, self.neighbours))
 
     def save(self, name: str, extra: dict[str, Any] | None) -> None:
         """Write best/ or last/ as a model folder."""
@@ -380,21 +358,9 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `save_last` was called."""
-        from safetensors.torch import load_file
-
         if state["split_hash"] != self.train_hash:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
-        folder = find_folder(self.out / "last")
-        unpack_optimizer(self.optimizer, load_file(folder / OPTIMIZER), state["optimizer"])
-        if self.settings.lora:
-            restore_adapters(self.model, load_file(folder / ADAPTERS))
-        if self.average:
-            for name, value in load_file(folder / AVERAGE).items():
-                self.average.values[name].copy_(value)
-        if (folder / NEIGHBOURS).is_file():
-            self.neighbours = load_file(folder / NEIGHBOURS)["neighbours"].clone()
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.neighbours = self.state.unpack(find_folder(self.out / "last"), state)
         self.step, self.best, self.best_step = state["step"], state["best"], state.get("best_step", -1)
         self.looks_since_best = state["looks_since_best"]
         self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew

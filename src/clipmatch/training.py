@@ -23,12 +23,13 @@ from clipmatch.checkpoint import (
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
 from clipmatch.data import Splits, load_captions, shortest_names, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.modelfolder import IMAGE_GRAPH, WEIGHTS, find_folder, find_local
+from clipmatch.modelfolder import EMBEDDED_NAME, IMAGE_GRAPH, WEIGHTS, find_folder, find_local
 from clipmatch.preprocess import Tokenizer
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import note, note_quirks
+from clipmatch.runstate import STATE
 from clipmatch.runtime import seed_everything
-from clipmatch.trainer import STATE, Result, Trainer
+from clipmatch.trainer import Result, Trainer
 
 
 def train(
@@ -123,7 +124,7 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
         else None,
         "settings": {
             **absolute(settings, "concepts"),
-            "teachers": [absolute_path(name) if find_local(name) else name for name in settings.teachers],
+            "teachers": [absolute_name(name) for name in settings.teachers],
         },
     }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
@@ -142,6 +143,11 @@ def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:
         if values[name] is not None:
             values[name] = absolute_path(values[name])
     return values
+
+
+def absolute_name(model: str) -> str:
+    """The name of a model; if it is a folder here, absolute."""
+    return absolute_path(model) if model != EMBEDDED_NAME and find_local(model) else model
 
 
 def absolute_path(path: str) -> str:
