@@ -22,6 +22,8 @@ from typing import Any
 
 from clipmatch.runtime import usable_cores
 
+CLIPMATCH = Path(sys.executable).with_name("clipmatch")  # as people type it
+
 
 def machine(*packages: str) -> dict[str, Any]:
     """What the figures depend on: processor, cores, memory, versions of Python and of these packages."""

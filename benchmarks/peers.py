@@ -75,7 +75,12 @@ def write_rclip_model(folder: Path, layers: int = 12) -> None:
         return
     print(f"making a model for rclip in {folder}", file=sys.stderr)
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
 
     torch.manual_seed(0)
     image = CLIPVisionModelWithProjection(
