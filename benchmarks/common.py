@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clipmatch.runtime import usable_cores
+
+CLIPMATCH = Path(sys.executable).with_name("clipmatch")  # as people type it
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -92,27 +95,33 @@ class Process:
     stdout: str
 
 
-def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Process:
-    """Run a command to its end. Raises RuntimeError, with what it said, when it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(env or {})},
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    stdout = process.stdout.read()  # what they say is short: stderr fits into its pipe
-    stderr = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)  # the peak of this child alone
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {stderr[-2000:]}")
-    scale = 1e6 if platform.system() == "Darwin" else 1e3
-    return Process(seconds, usage.ru_maxrss / scale, stdout)
+# Between the benchmark and what it measures: on Linux a process's peak begins with that of the one that started it.
+LAUNCH = """
+import os, sys, time
+start = time.perf_counter()
+child = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(child, 0)
+with open(sys.argv[1], "w") as file:
+    print(time.perf_counter() - start, usage.ru_maxrss, file=file)
+sys.exit(os.waitstatus_to_exitcode(status) & 255)
+"""
+
+
+def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
+    """Run a command to its end, in a folder. Raises RuntimeError, with what it said, when it fails."""
+    with tempfile.NamedTemporaryFile("r") as figures:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", LAUNCH, figures.name, *map(str, command)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+        seconds, peak = map(float, figures.read().split())
+    return Process(seconds, peak / (1e6 if platform.system() == "Darwin" else 1e3), done.stdout)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
