@@ -31,8 +31,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Captioned photographs, such as Flickr8k: make bench DATA=path/to/flickr8k
+RESULTS := benchmarks/results
 bench: setup
-	$(BIN)/python benchmarks/training_speed.py --rounds 1
+	@test -n "$(DATA)" || { echo "Which photographs? make bench DATA=path/to/flickr8k" >&2; exit 1; }
+	$(BIN)/python benchmarks/indexing.py --data "$(DATA)" --captions "$(DATA)" --split dev --json $(RESULTS)/indexing.json
+	$(BIN)/python benchmarks/indexing_profile.py --data "$(DATA)" --json $(RESULTS)/indexing_profile.json
+	$(BIN)/python benchmarks/cold_query.py --data "$(DATA)" --json $(RESULTS)/cold_query.json
+	$(BIN)/python benchmarks/warm_query.py --data "$(DATA)" --out $(RESULTS)
+	$(BIN)/python benchmarks/training_speed.py --json $(RESULTS)/training_speed.json
+	$(BIN)/python benchmarks/gradient_cache.py --json $(RESULTS)/gradient_cache.json --plot $(RESULTS)/gradient_cache.png
+	$(BIN)/python benchmarks/evaluation_memory.py --json $(RESULTS)/evaluation_memory.json
 
 notebook: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,notebook]"

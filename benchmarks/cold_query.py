@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from approximate import grow
+from warm_query import grow
 from common import CLIPMATCH, in_turns, machine, machine_line, ratio, run, table, write_json
 from peers import fill_rclip, find_rclip, has_package, rclip_home
 

@@ -114,7 +114,7 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, cwd
             [sys.executable, "-I", "-S", "-c", LAUNCH, figures.name, *map(str, command)],
             capture_output=True,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(env or {})},  # compiled once, as where it is installed
             cwd=cwd,
             check=False,
         )
