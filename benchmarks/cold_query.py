@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from warm_query import grow
 from common import CLIPMATCH, in_turns, machine, machine_line, ratio, run, table, write_json
 from peers import fill_rclip, find_rclip, has_package, rclip_home
+from warm_query import grow
 
 from clipmatch.crawl import Stamp, list_images
 from clipmatch.embedder import embedded_folder, load_model
