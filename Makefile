@@ -35,7 +35,7 @@ lint: setup
 RESULTS := benchmarks/results
 bench: setup
 	@test -n "$(DATA)" || { echo "Which photographs? make bench DATA=path/to/flickr8k" >&2; exit 1; }
-	$(BIN)/python benchmarks/indexing.py --data "$(DATA)" --captions "$(DATA)" --split dev --json $(RESULTS)/indexing.json
+	$(BIN)/python benchmarks/indexing.py --data "$(DATA)" --captions "$(DATA)" --split "$(DATA)/splits/dev.txt" --json $(RESULTS)/indexing.json
 	$(BIN)/python benchmarks/indexing_profile.py --data "$(DATA)" --json $(RESULTS)/indexing_profile.json
 	$(BIN)/python benchmarks/cold_query.py --data "$(DATA)" --json $(RESULTS)/cold_query.json
 	$(BIN)/python benchmarks/warm_query.py --data "$(DATA)" --out $(RESULTS)

@@ -25,11 +25,11 @@ from common import CLIPMATCH, in_turns, machine, machine_line, ratio, run, table
 from peers import fill_rclip, find_rclip, has_package, rclip_home
 from warm_query import grow
 
-from clipmatch.crawl import Stamp, list_images
+from clipmatch.crawl import list_images
 from clipmatch.embedder import embedded_folder, load_model
 from clipmatch.index import Index, name_of
-from clipmatch.metadata import Metadata
-from clipmatch.store import Photo, Root
+from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.store import Root
 
 SENTENCE = "two dogs racing through snow"
 PICTURES = 2000  # real photographs that the rows are made of
