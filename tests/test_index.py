@@ -120,6 +120,21 @@ def test_a_copy_shares_the_vector(index, model, photos):
     assert set(names(index.find("red", top_k=2, duplicates="show"))) == {"red.png", "again.png"}
 
 
+def test_copies_in_batches_that_are_under_way_together(index, model, photos, monkeypatch):
+    """Each content is embedded once, and a bad one is tried once, wherever its copies lie."""
+    monkeypatch.setattr("clipmatch.ingest.BATCH", 1)
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    for number in range(4):
+        shutil.copy(photos / "red.png", photos / f"red{number}.png")
+        shutil.copy(photos / "bad.jpg", photos / f"bad{number}.jpg")
+    summary = index.update([photos], progress=False)
+    assert (summary.added, len(summary.failures)) == (8, 5)
+    assert len({failure.reason for failure in summary.failures}) == 1
+    assert len(model.seen) == 5
+    found = names(index.find("red", top_k=5, duplicates="show"))
+    assert set(found) == {"red.png", *(f"red{number}.png" for number in range(4))}
+
+
 def test_a_deleted_file_leaves_and_a_changed_one_is_embedded_anew(index, model, photos):
     index.update([photos], progress=False)
     (photos / "red.png").unlink()

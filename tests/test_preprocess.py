@@ -28,13 +28,13 @@ from clipmatch.photo import Metadata
 from clipmatch.preprocess import (
     MAX_PIXELS,
     ImageError,
-    Tokenizer,
     Transform,
     load_image,
     open_photo,
     random_box,
     read_header,
 )
+from clipmatch.tokenizer import Tokenizer
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

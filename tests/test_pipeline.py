@@ -1,0 +1,64 @@
+"""Many things at once: results in order, a bound on what is under way, errors where they belong."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from clipmatch.pipeline import in_order
+
+
+def test_results_come_in_the_order_of_the_items():
+    with ThreadPoolExecutor(4) as pool:
+        waits = [0.05, 0.0, 0.03, 0.01, 0.0, 0.02]
+        found = list(in_order(lambda wait: (time.sleep(wait), wait)[1], waits, pool))
+    assert found == waits
+
+
+def test_no_more_is_taken_than_is_allowed_ahead():
+    taken = []
+
+    def items():
+        for number in range(10):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        results = in_order(lambda number: number, items(), pool, ahead=3)
+        assert next(results) == 0
+        assert taken == [0, 1, 2, 3]
+        assert next(results) == 1
+        assert taken == [0, 1, 2, 3, 4]
+
+
+def test_work_goes_on_while_the_caller_is_busy():
+    done = threading.Event()
+
+    def work(number):
+        if number == 1:
+            done.set()
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        results = in_order(work, range(3), pool)
+        assert next(results) == 0
+        assert done.wait(5)  # nobody has asked for 1 yet
+
+
+def test_the_first_error_in_order_is_raised_and_the_rest_is_dropped():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        time.sleep(0.01)
+        if number in (1, 2):
+            raise ValueError(number)
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        results = in_order(work, range(100), pool, ahead=50)
+        assert next(results) == 0
+        with pytest.raises(ValueError, match="1"):
+            next(results)
+    assert len(begun) < 20
