@@ -47,6 +47,9 @@ def program(*arguments, **kwargs):
 # Help
 
 
+ALL = {name: main.get_command(click.Context(main), name) for name in main.list_commands(click.Context(main))}
+
+
 def test_help_lists_the_commands_in_words():
     text = run("--help").stdout
     for name in COMMANDS:
@@ -59,7 +62,7 @@ def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
     assert len(lines) == 11
     for _, name, *words in lines:
-        command = main.commands[name]
+        command = ALL[name]
         while isinstance(command, click.Group):
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
@@ -67,7 +70,7 @@ def test_the_examples_of_the_help_name_real_options():
 
 
 def test_every_option_explains_itself():
-    for name, command in {**main.commands, **main.commands["data"].commands}.items():
+    for name, command in {**ALL, **ALL["data"].commands}.items():
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.help, f"{name} {parameter.opts}"
@@ -400,7 +403,7 @@ def test_interrupting_ends_with_130(model_folder, scenes, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clipmatch.index.update", interrupt)
+    monkeypatch.setattr("clipmatch.ingest.update", interrupt)
     result = run("find", "a star", "--model", model_folder, "--images", scenes, code=130)
     assert result.stderr == "Interrupted.\n"
 
