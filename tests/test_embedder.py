@@ -237,7 +237,8 @@ def edit_config(folder, **changes):
     [
         (lambda folder: (folder / "text.onnx").unlink(), r"\(it has no text.onnx\)"),
         (lambda folder: (folder / "text.onnx").write_bytes(b""), "text.onnx"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "Cannot read the tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"\(it has no tokenizer.json\)"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "Cannot read the tokenizer"),
         (lambda folder: edit_config(folder, model={"embed_dim": 3}), "max_length"),
         (lambda folder: edit_config(folder, model={"embed_dim": 4, "max_length": 4}), "embeddings of 3 numbers, .* 4"),
         (lambda folder: edit_config(folder, preprocess={"size": 9}), r"pictures of \[8, 8, 3\], .* \[9, 9, 3\]"),
