@@ -5,7 +5,7 @@ Derived from the store like its vectors: STORE.CONTENT.ivf, where CONTENT is the
 date is never read; without it every row is compared.
 
 An inverted file of 8-bit rows (FAISS): of the kept libraries it finds the most at a million photographs, is built in
-a minute and takes a quarter of the vectors' room (benchmarks/results/warm_query.md). It is mapped, so a process holds
+a minute and takes a quarter of the vectors' room (benchmarks/warm_query.py). It is mapped, so a process holds
 what its queries have looked at. What passes a filter is compared as a whole if it is little. Else, where one row of s
 passes, a query looks into s times as many lists: it compares as many rows as without, and finds as much; and it looks
 into more until it has as many candidates as it wants.
