@@ -45,7 +45,7 @@ BEST = 10
 ASKED = 20  # queries that are timed together
 STORED = 20_000  # photographs that are stored at once
 PASSING = {"1 % pass": 0.01, "half pass": 0.5, "99 % pass": 0.99}
-PROBES = 64  # of faiss's inverted file alone, as many as clipmatch takes
+PROBES = 48  # of faiss's inverted file alone, as many as clipmatch takes
 EXPANSION = 512  # of the graphs
 
 READER = """

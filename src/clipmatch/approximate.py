@@ -30,9 +30,9 @@ LEAST = 300_000  # rows; fewer are compared exactly within 12 ms
 LISTS = 4  # for each root of the number of rows
 TRAINED = 40  # rows that each list is placed by
 ADDED = 50_000  # rows read at once
-PROBES = 64  # lists that a query looks into
+PROBES = 48  # lists that a query looks into
 SAMPLE = 4096  # photographs that stand for all that a query does not look at
-FEW = 20_000  # rows that pass a filter: so many, or fewer, are all compared; they take 20 MB
+FEW = 30_000  # rows that pass a filter: so many, or fewer, are all compared; they take 30 MB
 MORE = 4  # times as many, where they held too few rows that pass
 
 
