@@ -6,6 +6,7 @@ In: the words of the command line. Out: the address on stdout; then answers over
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import secrets
 import socket
@@ -80,7 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        if error.errno in (98, 48, 10048):  # in use: Linux, macOS, Windows
+        if error.errno == errno.EADDRINUSE:
             raise ClipmatchError(
                 f"Port {port} is in use; name another with --port, or take any that is free with --port 0."
             ) from error

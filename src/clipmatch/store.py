@@ -63,6 +63,7 @@ UPGRADES = (
     """,
 )
 PATIENCE = 30  # seconds that a transaction waits for another process's
+MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
 def default_index() -> Path:
@@ -364,6 +365,40 @@ class Store:
         if row is None:
             raise KeyError(number)
         return photo_of(row)
+
+    def number(self, path: Path) -> int | None:
+        """The number of the photograph in a file; None if it is not in the index."""
+        row = next(self._read("SELECT id FROM photos WHERE path = ?", (os.fsencode(path),)), None)
+        return None if row is None else int(row[0])
+
+    def newest(self, where: Filter, most: int, skip: int = 0) -> list[int]:
+        """The numbers of photographs that pass, the newest first: by when they were taken, else by their files' age."""
+        conditions, values = [], []
+        for folder in where.folders:
+            place, found = below(folder)
+            conditions.append(place)
+            values += found
+        condition, found = where.sql()
+        place = f"({' OR '.join(conditions)})" if conditions else "1"
+        question = f"SELECT id FROM photos WHERE {place} AND {condition} ORDER BY {MOMENT} DESC, id DESC LIMIT ? OFFSET ?"
+        return [number for (number,) in self._read(question, [*values, *found, most, skip])]
+
+    def tally(self) -> dict[str, Any]:
+        """How many photographs, bytes and captions there are, and how many of each year, camera and file format."""
+        photos, size, captions = next(self._read("SELECT count(*), total(size), count(caption) FROM photos"))
+        formats: dict[str, int] = {}
+        for (name,) in self._read("SELECT name FROM photos"):
+            form = Path(name).suffix.lower().removeprefix(".")
+            formats[form] = formats.get(form, 0) + 1
+        count = "SELECT {0}, count(*) FROM photos WHERE {0} IS NOT NULL GROUP BY 1 ORDER BY {1}"
+        return {
+            "photos": photos,
+            "bytes": int(size),
+            "captions": captions,
+            "years": list(self._read(count.format("substr(taken, 1, 4)", "1"))),
+            "cameras": list(self._read(count.format("camera", "2 DESC, 1"))),
+            "formats": sorted(formats.items(), key=lambda pair: -pair[1]),
+        }
 
     def numbers(self, where: Filter) -> NDArray[np.int64]:
         """The numbers of the photographs that pass, rising."""
