@@ -110,7 +110,10 @@ class WhyQuestion(Strict):
 
 
 class PhotoRow(BaseModel):
-    """A photograph. size: bytes. width, height: pixels, upright. thumb, full: where its pictures are, from the page."""
+    """A photograph. size: bytes. width, height: pixels, upright. moment: when it was taken, or its file was written.
+
+    thumb, full: where its pictures are, seen from the page.
+    """
 
     id: int
     name: str
@@ -119,6 +122,7 @@ class PhotoRow(BaseModel):
     width: int
     height: int
     taken: datetime | None
+    moment: datetime
     camera: str | None
     caption: str | None
     thumb: str
@@ -193,6 +197,7 @@ def photo_values(number: int, photo: Photo) -> dict[str, Any]:
         "width": max(data.width, 1),
         "height": max(data.height, 1),
         "taken": data.taken,
+        "moment": data.taken or datetime.fromtimestamp(photo.stamp.mtime / 1e9),
         "camera": clean(data.camera),
         "caption": clean(data.caption),
         "thumb": f"api/photos/{number}/thumb?v={version}",

@@ -78,6 +78,7 @@ async function run() {
     if (state.loading === turn) {
       state.loading = null;
       wait(false);
+      grid.draw(); // which asks for more if there is room
     }
   }
 }
@@ -303,8 +304,9 @@ function drawTicks() {
   const bar = byId("ticks");
   bar.hidden = !liked.length && !disliked.length;
   if (bar.hidden) return bar.replaceChildren();
-  if (bar.dataset.shown === `${liked}/${disliked}` && bar.childElementCount) return;
-  bar.dataset.shown = `${liked}/${disliked}`;
+  const shown = `${liked}/${disliked}/${[...liked, ...disliked].filter((id) => state.known.has(id)).length}`;
+  if (bar.dataset.shown === shown && bar.childElementCount) return;
+  bar.dataset.shown = shown;
   const small = (ids, kind) => ids.slice(-6).map((id) => state.known.get(id)).filter(Boolean).map((photo) =>
     el("button", { type: "button", class: `small ${kind}`, title: photo.name, "aria-label": `Take back: ${photo.name}`, onclick: () => mark(photo, kind) }, el("img", { src: photo.thumb, alt: "" }), icon(kind === "liked" ? "tick" : "close")));
   const said = [liked.length && `${count(liked.length)} ticked`, disliked.length && `${count(disliked.length)} crossed out`].filter(Boolean).join(", ");
