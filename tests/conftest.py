@@ -126,3 +126,19 @@ def training_demo(tmp_path_factory):
     command = [sys.executable, "-m", "clipmatch.cli", "demo", "--train"]
     done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return place / "clipmatch-demo", done.stdout
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The model that comes with clipmatch."""
+    from clipmatch.embedder import load_model
+
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def album(embedded, tmp_path_factory):
+    """A small collection and its index, for tests of the server and the page; to be read only."""
+    from album import make_album
+
+    return make_album(tmp_path_factory.mktemp("album"), embedded)

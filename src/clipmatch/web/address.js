@@ -52,10 +52,10 @@ export function fromAddress(text) {
 }
 
 /** Whether anything is asked for, filters aside. */
-export const isSearch = (asked) => Boolean(asked.query.trim() || asked.like !== null || asked.image || asked.liked.length || asked.disliked.length);
+export const isSearch = (asked) => Boolean(asked.query.trim() || asked.like !== null || asked.image || asked.liked.length); // crosses alone say nothing
 
 /** Whether confidences are known for it: sentences alone have them. */
-export const isSentence = (asked) => Boolean(asked.query.trim()) && asked.like === null && !asked.image && !asked.liked.length && !asked.disliked.length;
+export const isSentence = (asked) => Boolean(asked.query.trim()) && !/(^|\s)@\w/.test(asked.query) && asked.like === null && !asked.image && !asked.liked.length && !asked.disliked.length;
 
 /** How many filters are in use. */
 export const filterCount = (asked) => Object.keys(asked.where).length + asked.exclude.length + (asked.minConfidence ? 1 : 0) + (asked.hybrid ? 1 : 0);

@@ -34,7 +34,7 @@ export function surenessInFull(confidence) {
 /** What a concept's leave-one-out precision means. */
 export function precisionInFull(precision) {
   if (precision === null || precision === undefined) return "Too few examples to say how well it is known.";
-  return `Precision ${percent(precision)}: each example was left out once and looked for by what the others teach.`;
+  return `Precision ${percent(precision)}: when each example is judged by what the others teach, that share of the photographs that come first are examples.`;
 }
 
 /** What a photograph is called when it is read out. */
