@@ -25,7 +25,7 @@ from clipmatch.index import Index
 from clipmatch.server import make_app
 
 HOME = "http://127.0.0.1:8765"
-SEARCHED = 11
+SEARCHED = 10
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_same_as_the_index_finds(client, album, embedded):
 
 def test_pages_follow_each_other(client):
     first, second = (search(client, "a cat", size=5, page=page) for page in (1, 2))
-    assert len(set(names(first) + names(second))) == 10
+    assert len(set(names(first) + names(second))) == 9  # one of ten is stacked below another
     assert not search(client, "a cat", size=5, page=3)["more"]
 
 
@@ -167,9 +167,9 @@ def test_words_of_captions_can_count(client):
 
 
 def test_all_photographs_the_newest_first(client):
-    answer = client.post("/api/browse", json={"size": 10}).json()
-    assert (len(answer["matches"]), answer["searched"], answer["more"]) == (10, SEARCHED, True)
-    last = client.post("/api/browse", json={"size": 10, "page": 2}).json()
+    answer = client.post("/api/browse", json={"size": 9}).json()
+    assert (len(answer["matches"]), answer["searched"], answer["more"]) == (9, SEARCHED, True)
+    last = client.post("/api/browse", json={"size": 9, "page": 2}).json()
     assert names(last) == ["IMG_1.jpg"]  # taken in 2023; of the others the files' own age counts
     assert not last["more"]
     shown = last["matches"][0]
@@ -226,7 +226,7 @@ def test_duplicates_and_statistics(client):
     figures = client.get("/api/statistics").json()
     assert (figures["photos"], figures["captions"], figures["failed"]) == (SEARCHED, 1, 0)
     assert (figures["years"], figures["cameras"]) == ([["2023", 1]], [["Pentax K-5", 1]])
-    assert dict(figures["formats"]) == {"png": 6, "jpg": 3, "tiff": 1} | {"png": 7}
+    assert dict(figures["formats"]) == {"png": 6, "jpg": 3, "tiff": 1}
 
 
 # Pictures
