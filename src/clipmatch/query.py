@@ -130,10 +130,15 @@ def parse_terms(part: str | Path) -> list[Term]:
             raise ClipmatchError(f"The weight of {what!r} is 0; leave it out, or exclude it with --not.")
     if is_picture(what):
         return [example(Path(what), weight)]
-    concepts = [Term(concept=match["name"], weight=weight) for match in NAME.finditer(what)]
+    return terms_of(what, weight)
+
+
+def terms_of(sentence: str, weight: float = 1.0) -> list[Term]:
+    """A sentence, never taken for the name of a file -> a term for each "@name" in it, and one for the other words."""
+    concepts = [Term(concept=match["name"], weight=weight) for match in NAME.finditer(sentence)]
     if not concepts:
-        return [Term(what, None, weight)]
-    words = " ".join(NAME.sub(" ", what).split()).strip(" ,;")
+        return [Term(sentence, None, weight)]
+    words = " ".join(NAME.sub(" ", sentence).split()).strip(" ,;")
     return concepts + [Term(words, None, weight)] * bool(re.search(r"\w", words))
 
 
