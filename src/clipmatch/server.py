@@ -37,7 +37,7 @@ from clipmatch.index import Index
 from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError
-from clipmatch.query import Query, Term
+from clipmatch.query import Query, Term, terms_of
 from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, is_unchanged, render
 from clipmatch.runtime import usable_cores
 from clipmatch.wire import (
@@ -262,8 +262,13 @@ async def browse(listing: Listing, service: Shared) -> Answer:
 @api.post("/explain")
 async def explain(question: WhyQuestion, service: Shared, request: Request) -> Why:
     """Where in a photograph, and through which words, a sentence matches."""
-    photo = await service.desk.ask(lambda index: index.store.photo(question.id))
-    return await service.compute(lambda: why(service.embedder, question.query, photo), request)
+
+    def ask(index: Index) -> tuple[Query, Photo]:
+        asked = Query(tuple(terms_of(question.query.strip())))
+        return index.with_concepts(asked), index.store.photo(question.id)
+
+    query, photo = await service.desk.ask(ask)
+    return await service.compute(lambda: why(service.embedder, query, photo), request)
 
 
 @api.get("/concepts")
@@ -376,9 +381,9 @@ def freshness(photo: Photo, kind: str, same: bool, request: Request) -> dict[str
 
 def find(index: Index, question: Question, row: NDArray[np.float32] | None = None) -> Answer:
     """The answer to a question; row [d]: the picture that was sent with it."""
-    request = question.request(root_paths(index))
-    asked = query_of(index, question, row)
-    if question.liked or question.disliked:
+    asked, ticked = query_of(index, question, row), bool(question.liked or question.disliked)
+    request = question.request(root_paths(index), sentence=asked is not None and asked.is_text and not ticked)
+    if ticked:
         liked, disliked = paths_of(index, question.liked), paths_of(index, question.disliked)
         matches = index.refine(asked, liked, disliked, request)
     elif asked is None:
@@ -395,7 +400,7 @@ def query_of(index: Index, question: Question, row: NDArray[np.float32] | None) 
     """
     terms = []
     if text := question.query.strip():
-        terms.append(Term(text))
+        terms += terms_of(text)
     if question.like is not None:
         photo = index.store.photo(question.like)
         terms.append(Term("", photo.path, row=index.store.vector(photo.digest)))
@@ -416,7 +421,7 @@ def embed(embedder: Embedder, data: bytes, suffix: str) -> NDArray[np.float32]:
     return row
 
 
-def why(embedder: Embedder, query: str, photo: Photo) -> Why:
+def why(embedder: Embedder, query: Query, photo: Photo) -> Why:
     """The explanation of a match, with its picture."""
     from clipmatch.explain import explain
 

@@ -1,7 +1,8 @@
 """The truth of a photo index: one SQLite file with a row for each photograph and a vector for each content.
 
-In: photographs with their vectors; paths that are gone; a `Filter`. Out: photographs, their vectors, the words of their
-names and captions. Knows nothing of models, of folders on disk, or of ranking. Shapes: n photographs, d numbers a row.
+In: photographs with their vectors; paths that are gone; a `Filter`; concepts. Out: photographs, their vectors, the
+words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
+photographs, d numbers a row.
 
 SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
 belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
@@ -60,6 +62,12 @@ UPGRADES = (
         INSERT INTO words (words, rowid, name, caption) VALUES ('delete', old.id, old.name, old.caption);
         INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
     END;
+    """,
+    """
+    CREATE TABLE concepts (
+        name TEXT PRIMARY KEY COLLATE NOCASE, model TEXT NOT NULL, row BLOB NOT NULL,
+        examples TEXT NOT NULL, others TEXT NOT NULL, precision REAL
+    ) WITHOUT ROWID;
     """,
 )
 PATIENCE = 30  # seconds that a transaction waits for another process's
@@ -207,13 +215,14 @@ class Store:
             lock.release()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """One transaction: all of it is stored, or nothing. What is derived from the store is stale afterwards."""
+    def writing(self, photographs: bool = True) -> Iterator[None]:
+        """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._set("content", os.urandom(16).hex())
+                if photographs:
+                    self._set("content", os.urandom(16).hex())
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
@@ -441,6 +450,51 @@ class Store:
             (" OR ".join(f'"{word}"' for word in words), most),
         )
         return [number for (number,) in rows]
+
+    def rows_of(self, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
+        """The unit rows [d] of photographs, by their paths; of those that are there."""
+        model, found = self.model, {}
+        question = (
+            "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
+        )
+        for path in paths:
+            if row := next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None):
+                found[path] = np.frombuffer(row[0], "<f4")
+        return found
+
+    # Concepts
+
+    def concepts(self) -> dict[str, tuple[str, Concept]]:
+        """By name, in the order of names: the fingerprint of the model that each was taught to, and the concept."""
+        found = {}
+        for name, model, row, *files, precision in self._read(
+            "SELECT name, model, row, examples, others, precision FROM concepts ORDER BY name"
+        ):
+            examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
+            found[name] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
+        return found
+
+    def keep_concept(self, model: str, concept: Concept) -> None:
+        """Store a concept, in the place of one of that name."""
+        files = [json.dumps([str(path) for path in paths]) for paths in (concept.examples, concept.others)]
+        with self.writing(photographs=False):
+            self._db.execute(
+                "INSERT OR REPLACE INTO concepts VALUES (?, ?, ?, ?, ?, ?)",
+                (concept.name, model, concept.row.astype("<f4").tobytes(), *files, concept.precision),
+            )
+
+    def rename_concept(self, old: str, new: str) -> bool:
+        """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
+        taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
+        if taken and old.casefold() != new.casefold():
+            raise ClipmatchError(f"There is a concept @{taken[0]} already; remove it first, or choose another name.")
+        with self.writing(photographs=False):
+            return self._db.execute("UPDATE concepts SET name = ? WHERE name = ?", (new, old)).rowcount > 0
+
+    def forget_concept(self, name: str) -> bool:
+        """Remove a concept -> whether there was one."""
+        with self.writing(photographs=False):
+            return self._db.execute("DELETE FROM concepts WHERE name = ?", (name,)).rowcount > 0
 
     def failures(self) -> list[Failure]:
         """Files that could not be used."""

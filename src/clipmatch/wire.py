@@ -75,9 +75,8 @@ class Question(Listing):
     min_confidence: float | None = Field(None, ge=0, le=1)
     hybrid: bool = False
 
-    def request(self, roots: list[Path]) -> Request:
-        """How to search for it."""
-        sentence = self.like is None and not (self.liked or self.disliked)
+    def request(self, roots: list[Path], sentence: bool) -> Request:
+        """How to search for it. sentence: whether that is one and nothing else."""
         return Request(
             exclude=tuple(text.strip() for text in self.exclude if text.strip()),
             where=self.where.filter(roots),
