@@ -347,7 +347,7 @@ def test_a_token(album, embedded):
             assert client.get("/api/status", headers={"Authorization": value}).status_code == 401
         assert client.get("/api/status", headers={"Authorization": "Bearer s3cret"}).status_code == 200
         opened = client.get("/?token=s3cret", follow_redirects=False)
-        assert (opened.status_code, opened.headers["location"]) == (303, "/")
+        assert (opened.status_code, opened.headers["location"]) == (303, "./")
         assert {"HttpOnly", "SameSite=lax"} <= set(opened.headers["set-cookie"].split("; "))
         assert client.get("/api/status").status_code == 200  # with the cookie
         assert client.get("/api/status", headers={"Origin": "https://evil.example"}).status_code == 403

@@ -64,7 +64,7 @@ def greeting(request: Request, token: str | None) -> Response | None:
     given = request.query_params.get("token")
     if token is None or given is None or request.url.path != "/" or not same(given, token):
         return None
-    answer = RedirectResponse("/", 303)
+    answer = RedirectResponse("./", 303)  # there may be a proxy that adds a folder
     answer.set_cookie(
         COOKIE, token, max_age=365 * 86400, httponly=True, samesite="lax", secure=request.url.scheme == "https"
     )

@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi import Path as Segment
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -204,6 +205,7 @@ async def find_service(request: Request) -> Service:
 
 
 Shared = Annotated[Service, Depends(find_service)]
+Number = Annotated[int, Segment(ge=0, lt=1 << 63)]  # of a photograph
 
 
 @api.get("/status")
@@ -237,7 +239,7 @@ async def search_image(
 
 
 @api.get("/photos/{number}/similar")
-async def similar(number: int, service: Shared, page: int = 1, size: int = 24) -> Answer:
+async def similar(number: Number, service: Shared, page: int = 1, size: int = 24) -> Answer:
     """Photographs like one of them, the nearest first."""
     question = Question(like=number, page=page, size=size)
     return await service.desk.ask(lambda index: find(index, question))
@@ -332,20 +334,20 @@ async def statistics(service: Shared) -> Statistics:
 
 
 @api.get("/photos/{number}", summary="A photograph")
-async def photo(number: int, service: Shared) -> PhotoRow:
+async def photo(number: Number, service: Shared) -> PhotoRow:
     """What is known of a photograph."""
     return await service.desk.ask(lambda index: photo_row(number, index.store.photo(number)))
 
 
 @api.get("/photos/{number}/thumb", response_class=Response)
-async def thumb(number: int, service: Shared, request: Request) -> Response:
+async def thumb(number: Number, service: Shared, request: Request) -> Response:
     """A small picture of a photograph."""
     found = await service.desk.ask(lambda index: index.store.photo(number))
     return await picture(service, found, THUMB, request)
 
 
 @api.get("/photos/{number}/full", response_class=Response)
-async def full(number: int, service: Shared, request: Request) -> Response:
+async def full(number: Number, service: Shared, request: Request) -> Response:
     """The photograph: the file itself, or a JPEG of it if browsers don't know its format."""
     found = await service.desk.ask(lambda index: index.store.photo(number))
     media_type = SHOWN.get(found.path.suffix.lower())

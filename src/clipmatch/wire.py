@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,7 @@ from clipmatch.store import Filter, Store
 
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
+Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # the number of a photograph
 
 
 class Strict(BaseModel):
@@ -68,9 +69,9 @@ class Question(Listing):
     """
 
     query: str = Field("", max_length=LONGEST)
-    like: int | None = None
-    liked: list[int] = Field([], max_length=MANY)
-    disliked: list[int] = Field([], max_length=MANY)
+    like: Id | None = None
+    liked: list[Id] = Field([], max_length=MANY)
+    disliked: list[Id] = Field([], max_length=MANY)
     exclude: list[str] = Field([], max_length=20)
     min_confidence: float | None = Field(None, ge=0, le=1)
     hybrid: bool = False
@@ -91,8 +92,8 @@ class Lesson(Strict):
     """A concept to learn: its name, with or without "@", and numbers of photographs that show it, or do not."""
 
     name: str = Field(max_length=100)
-    liked: list[int] = Field(min_length=1, max_length=MANY)
-    disliked: list[int] = Field([], max_length=MANY)
+    liked: list[Id] = Field(min_length=1, max_length=MANY)
+    disliked: list[Id] = Field([], max_length=MANY)
 
 
 class NewName(Strict):
@@ -104,7 +105,7 @@ class NewName(Strict):
 class WhyQuestion(Strict):
     """The photograph that is to be explained, and the sentence."""
 
-    id: int
+    id: Id
     query: str = Field(min_length=1, max_length=LONGEST)
 
 

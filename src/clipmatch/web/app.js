@@ -12,6 +12,7 @@ import { Viewer } from "./viewer.js";
 const SIZE = 60; // photographs that are asked for at once
 const PAUSE = 180; // milliseconds without a key until a search begins
 const STRIP = 24; // similar photographs below an open one
+const NEAR = 20; // a photograph that is further down in a new list has lost the keyboard's attention
 
 const { features } = backend;
 const state = {
@@ -150,8 +151,8 @@ function show(answer) {
   const kept = grid.photos[grid.active]?.id;
   const headingOf = answer.headings ? (photo) => answer.headings.get(photo.id) : isSearch(asked) ? undefined : monthHeading;
   if (scrollY > 0) scrollTo(0, 0);
-  grid.show(answer.matches, headingOf);
-  grid.active = Math.max(answer.matches.findIndex((photo) => photo.id === kept), 0);
+  const at = answer.matches.findIndex((photo) => photo.id === kept);
+  grid.show(answer.matches, headingOf, at >= 0 && at < NEAR ? at : 0);
   if (had && answer.matches.length) grid.focus();
   byId("summary").textContent = summaryOf(answer);
   syncExample();

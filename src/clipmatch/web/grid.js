@@ -34,11 +34,11 @@ export class Grid {
     new ResizeObserver(() => { if (host.clientWidth !== this.width) this.layout(); }).observe(host);
   }
 
-  /** Show these photographs instead. */
-  show(photos, headingOf = () => null) {
+  /** Show these photographs instead; Tab leads to the one at `active`. */
+  show(photos, headingOf = () => null, active = 0) {
     this.photos = photos;
     this.headingOf = headingOf;
-    this.active = 0;
+    this.active = active;
     this.layout();
   }
 
