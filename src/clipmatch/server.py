@@ -1,7 +1,7 @@
 """An index over HTTP, and the page that asks it.
 
-In: an index file. Out: a FastAPI application: `/api/...` (described at /openapi.json, in short at /docs) and the page in
-`web/`. Only photographs of the index are ever read, and clients name them by number. Needs the extra `serve`.
+In: an index file. Out: a FastAPI application: `/api/...` (described at /openapi.json, in short at /docs) and the page
+in `web/`. Only photographs of the index are ever read, and clients name them by number. Needs the extra `serve`.
 
 SQLite's connections belong to threads, so the index is open in two of them that share the model: one answers, the other
 does what may take long. The index may change meanwhile: each question sees it as it is then.

@@ -389,7 +389,8 @@ class Store:
             values += found
         condition, found = where.sql()
         place = f"({' OR '.join(conditions)})" if conditions else "1"
-        question = f"SELECT id FROM photos WHERE {place} AND {condition} ORDER BY {MOMENT} DESC, id DESC LIMIT ? OFFSET ?"
+        order = f"ORDER BY {MOMENT} DESC, id DESC LIMIT ? OFFSET ?"
+        question = f"SELECT id FROM photos WHERE {place} AND {condition} {order}"
         return [number for (number,) in self._read(question, [*values, *found, most, skip])]
 
     def tally(self) -> dict[str, Any]:
