@@ -14,10 +14,7 @@ from playwright.sync_api import expect, sync_playwright
 from clipmatch.index import Index
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DOT = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
 
@@ -117,7 +114,7 @@ def test_all_photographs_then_a_search_and_back(visit, address):
     expect(page.get_by_role("heading", name="June 2023")).to_be_attached()
     shot(page, "01_all")
     page.get_by_role("textbox", name="What the photograph shows").press_sequentially("a cat", delay=20)
-    first_is(page, r"chelsea.*confidence \d\d percent|chelsea.*confidence \d\d %")
+    first_is(page, r"chelsea.*confidence \d\d %")
     expect(page).to_have_url(re.compile(r"#q=a\+cat$"))
     expect(page).to_have_title("a cat – clipmatch")
     expect(page.locator("#summary")).to_contain_text("Best first, of 10 photographs")
@@ -135,7 +132,12 @@ def test_the_last_answer_wins(visit, address):
     """Answers that come late are of no interest any more."""
     page = visit(address)
     settled(page)
-    page.route("**/api/search", lambda route: (page.wait_for_timeout(600), route.continue_()) if "slow" in route.request.post_data else route.continue_())
+    page.route(
+        "**/api/search",
+        lambda route: (
+            (page.wait_for_timeout(600), route.continue_()) if "slow" in route.request.post_data else route.continue_()
+        ),
+    )
     box = page.get_by_role("textbox", name="What the photograph shows")
     box.fill("slow motorcycle")
     page.wait_for_timeout(250)
@@ -201,7 +203,9 @@ def test_ticks_refine_and_become_a_concept(visit, album, embedded, tmp_path):
         expect(page.locator("#summary")).to_contain_text("Best first")
         for name in ("chelsea", "astronaut"):
             tile(page, name).first.hover()
-            tile(page, name).first.get_by_role("button", name="More like this" if name == "chelsea" else "Less like this").click()
+            tile(page, name).first.get_by_role(
+                "button", name="More like this" if name == "chelsea" else "Less like this"
+            ).click()
             settled(page)
         expect(page.locator("#ticks")).to_contain_text("1 ticked, 1 crossed out")
         shot(page, "05_ticks")
@@ -253,7 +257,6 @@ def test_a_dropped_picture(visit, address, album):
     page.locator("#file").set_input_files(album.folder / "rocket.jpg")
     first_is(page, "rocket")
     expect(page.locator("#example")).to_contain_text("rocket.jpg")
-
 
 
 def test_a_picture_that_is_none(visit, address):

@@ -48,9 +48,7 @@ def environment(place):
 
 
 def run(command, place):
-    return subprocess.run(
-        command, cwd=place, env=environment(place), capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, cwd=place, env=environment(place), capture_output=True, text=True, check=False)
 
 
 def serve(command, place):

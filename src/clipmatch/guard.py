@@ -80,7 +80,7 @@ def refusal(request: Request, token: str | None) -> Response | None:
         return refuse(401, sentence, {"WWW-Authenticate": "Bearer"})
     if is_strange(request):
         return refuse(403, "Other pages may not ask this server.")
-    if request.method in ("GET", "HEAD", "OPTIONS"):
+    if request.method in ("GET", "HEAD", "OPTIONS", "DELETE"):  # browsers ask for leave before they send the last
         return None
     if OWN_HEADER not in request.headers and media_type(request) != "application/json":
         return refuse(415, "Send JSON, with the content type application/json.")

@@ -90,8 +90,12 @@ class Desk:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._thread.submit(lambda: self._index and self._index.close())
+        self._thread.submit(self._close)
         self._thread.shutdown()
+
+    def _close(self) -> None:
+        if self._index is not None:
+            self._index.close()
 
 
 class Service:
@@ -351,7 +355,7 @@ async def full(number: Number, service: Shared, request: Request) -> Response:
     """The photograph: the file itself, or a JPEG of it if browsers don't know its format."""
     found = await service.desk.ask(lambda index: index.store.photo(number))
     media_type = SHOWN.get(found.path.suffix.lower())
-    if media_type and await asyncio.to_thread(is_unchanged, found):
+    if media_type is not None and await asyncio.to_thread(is_unchanged, found):
         return FileResponse(found.path, media_type=media_type, headers=freshness(found, "file", True, request))
     return await picture(service, found, FULL, request)
 

@@ -33,11 +33,11 @@ class Where(Strict):
 
     after: date | None = None
     before: date | None = None
-    camera: str | None = Field(None, max_length=LONGEST)
-    min_side: int | None = Field(None, ge=1)
-    min_size: int | None = Field(None, ge=1)
+    camera: str | None = Field(default=None, max_length=LONGEST)
+    min_side: int | None = Field(default=None, ge=1)
+    min_size: int | None = Field(default=None, ge=1)
     has_caption: bool = False
-    folder: str | None = Field(None, max_length=10 * LONGEST)
+    folder: str | None = Field(default=None, max_length=10 * LONGEST)
 
     def filter(self, roots: list[Path]) -> Filter:
         """The same for an index with these folders. Raises KeyError for a folder that is none of them."""
@@ -57,8 +57,8 @@ class Listing(Strict):
     """Which photographs to list, and which page of them."""
 
     where: Where = Where()
-    page: int = Field(1, ge=1, le=2000)
-    size: int = Field(60, ge=1, le=200)
+    page: int = Field(default=1, ge=1, le=2000)
+    size: int = Field(default=60, ge=1, le=200)
 
 
 class Question(Listing):
@@ -68,12 +68,12 @@ class Question(Listing):
     names count too.
     """
 
-    query: str = Field("", max_length=LONGEST)
+    query: str = Field(default="", max_length=LONGEST)
     like: Id | None = None
-    liked: list[Id] = Field([], max_length=MANY)
-    disliked: list[Id] = Field([], max_length=MANY)
-    exclude: list[str] = Field([], max_length=20)
-    min_confidence: float | None = Field(None, ge=0, le=1)
+    liked: list[Id] = Field(default=[], max_length=MANY)
+    disliked: list[Id] = Field(default=[], max_length=MANY)
+    exclude: list[str] = Field(default=[], max_length=20)
+    min_confidence: float | None = Field(default=None, ge=0, le=1)
     hybrid: bool = False
 
     def request(self, roots: list[Path], sentence: bool) -> Request:
@@ -93,7 +93,7 @@ class Lesson(Strict):
 
     name: str = Field(max_length=100)
     liked: list[Id] = Field(min_length=1, max_length=MANY)
-    disliked: list[Id] = Field([], max_length=MANY)
+    disliked: list[Id] = Field(default=[], max_length=MANY)
 
 
 class NewName(Strict):
@@ -232,6 +232,4 @@ def answer_of(store: Store, matches: Matches, size: int) -> Answer:
     """A page of matches, of which `size` were asked for."""
     rows = [row for match in matches if (row := match_row(store, match))]
     best = match_row(store, matches.best) if matches.best and not matches else None
-    return Answer(
-        matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size
-    )
+    return Answer(matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size)

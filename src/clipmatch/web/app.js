@@ -148,7 +148,7 @@ function show(answer) {
   byId("state").hidden = true;
   const host = byId("photos");
   const had = host.contains(document.activeElement);
-  const kept = grid.photos[grid.active]?.id;
+  const kept = had ? grid.photos[grid.active]?.id : null;
   const headingOf = answer.headings ? (photo) => answer.headings.get(photo.id) : isSearch(asked) ? undefined : monthHeading;
   if (scrollY > 0) scrollTo(0, 0);
   const at = answer.matches.findIndex((photo) => photo.id === kept);

@@ -84,7 +84,7 @@ export class Grid {
   drawRow(place) {
     if (this.drawn.has(place)) return;
     const row = this.rows[place];
-    const made = row.heading === undefined ? this.makeRow(row) : el("div", { role: "row", class: "row heading" }, el("h2", { role: "gridcell", text: row.heading }));
+    const made = row.heading === undefined ? this.makeRow(row) : el("div", { role: "row", class: "row heading" }, el("div", { role: "gridcell" }, el("h2", { text: row.heading })));
     made.setAttribute("aria-rowindex", place + 1);
     made.style.transform = `translateY(${row.top}px)`;
     made.style.height = `${row.height}px`;
