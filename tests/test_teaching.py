@@ -270,10 +270,10 @@ def run(*arguments, code=0):
 
 
 def test_teach_list_and_find_on_the_command_line(album, tmp_path):
-    said = run("teach", "@chelsea", album / "chelsea.png", "--not", album / "coffee.png").stdout
-    assert said == "@chelsea: 1 example, 1 that are not\n"
+    said = run("teach", "@chelsea", album / "chelsea.png", "--not", album / "coffee.png", album / "page.png").stdout
+    assert said == "@chelsea: 1 example, 2 that are not\n"
     assert run("find", "@chelsea", "-k", "1", "--paths").stdout.strip().endswith("chelsea.png")
-    assert run("concepts").stdout == "@chelsea  1 example, 1 that are not\n"
+    assert run("concepts").stdout == "@chelsea  1 example, 2 that are not\n"
     run("concepts", "rename", "@chelsea", "@cat")
     exported = tmp_path / "concepts.json"
     assert run("concepts", "export", exported).stdout.startswith("1 concepts in ")

@@ -21,11 +21,27 @@ if TYPE_CHECKING:
 BAR = 24  # characters of the longest bar
 
 
-@click.command("teach", context_settings={"ignore_unknown_options": False})
+class Teach(click.Command):
+    """A command whose --not takes all that follows up to the next option, as a shell expands others/*.jpg."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put a --not before each of them."""
+        spread: list[str] = []
+        others = False
+        for word in args:
+            if word.startswith("-") and word != "-":
+                others = word == "--not"
+                spread += [] if others else [word]
+            else:
+                spread += ["--not", word] if others else [word]
+        return super().parse_args(ctx, spread)
+
+
+@click.command("teach", cls=Teach)
 @click.argument("name", metavar="@NAME")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option(
-    "--not", "others", multiple=True, metavar="PHOTO", help="A photograph, or a folder, that does not show it; repeatable."
+    "--not", "others", multiple=True, metavar="PHOTO...", help="All that follow do not show it; folders too."
 )
 @index_option
 def teach_command(name: str, photos: tuple[str, ...], others: tuple[str, ...], index_file: str | None) -> None:
