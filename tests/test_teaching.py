@@ -1,4 +1,4 @@
-"""Concepts: learnt from examples, kept in the index, used in queries. In the colour model a reader sees what is right."""
+"""Concepts: learnt from examples, kept in the index, used in queries. In colours a reader sees what is right."""
 
 import json
 import sqlite3
@@ -165,7 +165,10 @@ def test_what_is_wrong_is_said(index, colours, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for wrong, said in (
-        (lambda: index.find("@nobody there"), r"no concept @nobody; teach it with: clipmatch teach @nobody PHOTO\.\.\.$"),
+        (
+            lambda: index.find("@nobody there"),
+            r"no concept @nobody; teach it with: clipmatch teach @nobody PHOTO",
+        ),
         (lambda: index.teach("two words", [colours / "red00.png"]), "can't be a concept's"),
         (lambda: index.teach("x", [colours / "none.png"]), "does not exist"),
         (lambda: index.teach("x", [broken]), "can't be read"),
