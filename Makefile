@@ -25,13 +25,13 @@ demo: setup
 
 # The tests of the page need one; where it can't be installed like this they are skipped, and say so.
 browser:
-	@command -v chromium chromium-browser google-chrome > /dev/null || test -n "$$CLIPMATCH_CHROMIUM" \
-		|| { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
-			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome || test -n "$$CLIPMATCH_CHROMIUM"; } \
+		> /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
 		|| echo "No Chromium here: the tests of the page will be skipped." >&2
 
 test: setup browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

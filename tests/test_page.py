@@ -1,4 +1,4 @@
-"""The page in a browser, over the real server and the real model. CLIPMATCH_SCREENSHOTS=DIR keeps what it looks like."""
+"""The page in a browser, over the real server and the real model; CLIPMATCH_SCREENSHOTS=DIR keeps how it looks."""
 
 import base64
 import json

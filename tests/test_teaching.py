@@ -1,4 +1,4 @@
-"""Concepts: learnt from examples, kept in the index, used in queries. In the colour model a reader sees what is right."""
+"""Concepts: learnt from examples, kept in the index, used in queries. In colours a reader sees what is right."""
 
 import json
 import sqlite3
@@ -165,7 +165,10 @@ def test_what_is_wrong_is_said(index, colours, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for wrong, said in (
-        (lambda: index.find("@nobody there"), r"no concept @nobody; teach it with: clipmatch teach @nobody PHOTO\.\.\.$"),
+        (
+            lambda: index.find("@nobody there"),
+            r"no concept @nobody; teach it with: clipmatch teach @nobody PHOTO",
+        ),
         (lambda: index.teach("two words", [colours / "red00.png"]), "can't be a concept's"),
         (lambda: index.teach("x", [colours / "none.png"]), "does not exist"),
         (lambda: index.teach("x", [broken]), "can't be read"),
@@ -270,10 +273,10 @@ def run(*arguments, code=0):
 
 
 def test_teach_list_and_find_on_the_command_line(album, tmp_path):
-    said = run("teach", "@chelsea", album / "chelsea.png", "--not", album / "coffee.png").stdout
-    assert said == "@chelsea: 1 example, 1 that are not\n"
+    said = run("teach", "@chelsea", album / "chelsea.png", "--not", album / "coffee.png", album / "page.png").stdout
+    assert said == "@chelsea: 1 example, 2 that are not\n"
     assert run("find", "@chelsea", "-k", "1", "--paths").stdout.strip().endswith("chelsea.png")
-    assert run("concepts").stdout == "@chelsea  1 example, 1 that are not\n"
+    assert run("concepts").stdout == "@chelsea  1 example, 2 that are not\n"
     run("concepts", "rename", "@chelsea", "@cat")
     exported = tmp_path / "concepts.json"
     assert run("concepts", "export", exported).stdout.startswith("1 concepts in ")

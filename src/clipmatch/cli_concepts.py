@@ -21,12 +21,26 @@ if TYPE_CHECKING:
 BAR = 24  # characters of the longest bar
 
 
-@click.command("teach", context_settings={"ignore_unknown_options": False})
+class Teach(click.Command):
+    """A command whose --not takes all that follows up to the next option, as a shell expands others/*.jpg."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put a --not before each of them."""
+        spread: list[str] = []
+        others = False
+        for word in args:
+            if word.startswith("-") and word != "-":
+                others = word == "--not"
+                spread += [] if others else [word]
+            else:
+                spread += ["--not", word] if others else [word]
+        return super().parse_args(ctx, spread)
+
+
+@click.command("teach", cls=Teach)
 @click.argument("name", metavar="@NAME")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option(
-    "--not", "others", multiple=True, metavar="PHOTO", help="A photograph, or a folder, that does not show it; repeatable."
-)
+@click.option("--not", "others", multiple=True, metavar="PHOTO...", help="All that follow do not show it; folders too.")
 @index_option
 def teach_command(name: str, photos: tuple[str, ...], others: tuple[str, ...], index_file: str | None) -> None:
     """Teach the index what @NAME looks like, from a few photographs or folders of them that show it.
@@ -125,14 +139,18 @@ def described(concept: Concept) -> str:
         parts.append(f"{len(concept.others)} that are not")
     if concept.precision is not None:
         right = round(concept.precision * count)
-        parts.append(f"leave-one-out precision {concept.precision:.2f} ({right} of {count} found again among the first)")
+        parts.append(
+            f"leave-one-out precision {concept.precision:.2f} ({right} of {count} found again among the first)"
+        )
     return ", ".join(parts)
 
 
 @click.command("explain")
 @click.argument("query", metavar="QUERY")
 @click.argument("photo", metavar="PHOTO")
-@click.option("-o", "--out", metavar="FILE", help="Write a picture: the photograph with a heat map, a bar for each word.")
+@click.option(
+    "-o", "--out", metavar="FILE", help="Write a picture: the photograph with a heat map, a bar for each word."
+)
 @model_option
 @index_option
 def explain_command(query: str, photo: str, out: str | None, **options: Any) -> None:
@@ -148,14 +166,11 @@ def explain_command(query: str, photo: str, out: str | None, **options: Any) -> 
     from clipmatch.index import Index
     from clipmatch.query import parse_query
 
-    model, index_file = options["model"], options["index_file"]
-    asked = parse_query(query)
+    embedder, asked = load_model(options["model"]), parse_query(query)
     if asked.concepts:
-        with Index.open(index_file, load_model(model) if model else None, create=False) as index:
-            embedder, asked = index.embedder, index.with_concepts(asked)
-            found = explain(embedder, asked, photo)
-    else:
-        found = explain(load_model(model), asked, photo)
+        with Index.open(options["index_file"], embedder, create=False) as index:
+            asked = index.with_concepts(asked)
+    found = explain(embedder, asked, photo)
     x, y = found.peak
     click.echo(f"cosine {found.score:.3f}; hottest at {x:.0%} from the left, {y:.0%} from the top")
     most = max((abs(change) for _, change in found.words), default=0) or 1.0

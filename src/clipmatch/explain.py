@@ -126,9 +126,7 @@ def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) ->
     )
 
 
-def parts_of(
-    embedder: BatchedEmbedder, query: Query, picture: NDArray[np.float32]
-) -> tuple[tuple[str, float], ...]:
+def parts_of(embedder: BatchedEmbedder, query: Query, picture: NDArray[np.float32]) -> tuple[tuple[str, float], ...]:
     """Each word of a query's sentences, with what it adds to the cosine with a picture's row [d]; an only word adds
     all of it.
     """
@@ -146,9 +144,7 @@ def parts_of(
     )
 
 
-def heat_of(
-    embedder: BatchedEmbedder, places: NDArray[np.float32], row: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def heat_of(embedder: BatchedEmbedder, places: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
     """Unit rows [p, d] of the places of a picture, row by row, and a query's [d] -> heat [h, w]."""
     side = math.isqrt(len(places))
     values = places @ row
@@ -157,9 +153,7 @@ def heat_of(
     return warm(values.reshape(side, side))
 
 
-def covered(
-    embedder: BatchedEmbedder, pixels: NDArray[np.uint8], row: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def covered(embedder: BatchedEmbedder, pixels: NDArray[np.uint8], row: NDArray[np.float32]) -> NDArray[np.float32]:
     """Pixels [s, s, 3] of a picture, and a query's row [d] -> heat [h, w], by covering each part in turn."""
     side = len(pixels)
     edges = np.linspace(0, side, WINDOWS + 1).round().astype(int)
@@ -180,7 +174,8 @@ def covered(
 def warm(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cosines of the places [h, w] -> heat in 0..1: none in the colder half, pale where the rest hardly differs."""
     above = values - np.median(values)
-    return np.clip(above / max(float(above.max()), LEAST), 0, 1).astype(np.float32)
+    heat: NDArray[np.float32] = np.clip(above / max(float(above.max()), LEAST), 0, 1).astype(np.float32)
+    return heat
 
 
 def shown_part(embedder: BatchedEmbedder, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -168,9 +168,7 @@ class Index:
             known = self.with_concepts(query)
             return self._use(lambda opened: self._search(opened, known, request))
 
-    def refine(
-        self, query: Query | None, liked: Sequence[Path], disliked: Sequence[Path], request: Request
-    ) -> Matches:
+    def refine(self, query: Query | None, liked: Sequence[Path], disliked: Sequence[Path], request: Request) -> Matches:
         """The photographs that match a query as it is meant: more like some of the index, and less like others.
 
         query: None where the photographs alone say what is meant. Raises ClipmatchError if none of them is in the
@@ -277,9 +275,9 @@ class Index:
                 raise ClipmatchError(f"The concept @{name} was taught to another model than that of this index.")
             if not np.isfinite(row).all():
                 raise ValueError(f"@{name} has no numbers")
-            files = [tuple(map(Path, value[key])) for key in ("examples", "others")]
+            examples, others = (tuple(map(Path, value[key])) for key in ("examples", "others"))
             precision = value["precision"]
-            taken.append(Concept(name, row, *files, None if precision is None else float(precision)))
+            taken.append(Concept(name, row, examples, others, None if precision is None else float(precision)))
         with self.store.writer():
             for concept in taken:
                 self.store.keep_concept(self.embedder.fingerprint, concept)

@@ -100,9 +100,7 @@ class Query:
         if found and found.failures:
             raise ClipmatchError(f"The example {found.failures[0].path} can't be read: {found.failures[0].reason}.")
         rows = {"text": iter(embedder.embed_texts(texts) if texts else ()), "image": iter(found.rows if found else ())}
-        return np.stack(
-            [next(rows[term.kind]) if term.row is None else term.row for term in self.terms]
-        )
+        return np.stack([next(rows[term.kind]) if term.row is None else term.row for term in self.terms])
 
 
 def parse_query(parts: str | Path | Sequence[str | Path]) -> Query:

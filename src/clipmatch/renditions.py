@@ -52,7 +52,7 @@ FULL = Kind("full", (4096, 4096), "jpeg", (("quality", 90),))
 def is_unchanged(photo: Photo) -> bool:
     """Whether the file is the one that was indexed. Raises ImageError if it is gone or no file any more."""
     try:
-        status = os.stat(photo.path)
+        status = photo.path.stat()
     except (OSError, ValueError) as error:
         raise ImageError(photo.path, plain_reason(error)) from error
     if not stat.S_ISREG(status.st_mode):
@@ -90,7 +90,7 @@ def keep(place: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.replace(name, place)
+        Path(name).replace(place)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

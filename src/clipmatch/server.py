@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from clipmatch.embedder import Embedder
+from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.guard import Guard
 from clipmatch.imageformats import SUFFIXES
@@ -431,7 +431,7 @@ def why(embedder: Embedder, query: Query, photo: Photo) -> Why:
     """The explanation of a match, with its picture."""
     from clipmatch.explain import explain
 
-    found = explain(embedder, query, photo.path)
+    found = explain(cast(BatchedEmbedder, embedder), query, photo.path)  # as all that `load_model` gives are
     buffer = BytesIO()
     found.picture(1280).convert("RGB").save(buffer, "jpeg", quality=85)
     image = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

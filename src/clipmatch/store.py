@@ -455,9 +455,7 @@ class Store:
     def rows_of(self, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
         """The unit rows [d] of photographs, by their paths; of those that are there."""
         model, found = self.model, {}
-        question = (
-            "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
-        )
+        question = "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
         for path in paths:
             if row := next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None):
                 found[path] = np.frombuffer(row[0], "<f4")

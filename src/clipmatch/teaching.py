@@ -64,9 +64,7 @@ def learn(
     return (weights / max(float(np.linalg.norm(weights)), 1e-9)).astype(np.float32)
 
 
-def leave_one_out(
-    liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32]
-) -> float | None:
+def leave_one_out(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32]) -> float | None:
     """The precision that `Concept` tells of; None if there are less than two examples.
 
     With more than `FOLDS` examples some of them are left out together.
@@ -94,7 +92,8 @@ def rank_among(scores: Floats) -> NDArray[np.int64]:
 
 def copies(rows: NDArray[np.float32], of: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which rows [n, d] show the same as one of others [m, d]."""
-    return (rows @ of.T).max(axis=1, initial=-1) >= COPY
+    alike: NDArray[np.bool_] = (rows @ of.T).max(axis=1, initial=-1) >= COPY
+    return alike
 
 
 def fit(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32], prior: Floats) -> Floats:
