@@ -14,7 +14,15 @@ from playwright.sync_api import expect, sync_playwright
 from clipmatch.index import Index
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 DOT = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
 
@@ -431,9 +439,9 @@ def test_thousands_of_photographs(visit, address):
         first = (question["page"] - 1) * 2000
         matches = [
             {
-                "id": number, "name": f"{number}.jpg", "path": f"/{number}.jpg", "size": 1, "width": 300 + number % 7 * 60,
-                "height": 300, "taken": None, "moment": "2024-05-01T12:00:00", "camera": None, "caption": None,
-                "thumb": "dot.gif", "full": "dot.gif", "score": None, "confidence": None, "duplicates": 0,
+                "id": number, "name": f"{number}.jpg", "path": f"/{number}.jpg", "size": 1, "height": 300,
+                "width": 300 + number % 7 * 60, "taken": None, "moment": "2024-05-01T12:00:00", "camera": None,
+                "caption": None, "thumb": "dot.gif", "full": "dot.gif", "score": None, "confidence": None, "duplicates": 0,
             }
             for number in range(first, first + 2000)
         ]  # fmt: skip

@@ -100,7 +100,7 @@ async function ask(page, signal) {
 
 function groupsOf(groups) {
   const headings = new Map();
-  groups.forEach((group, at) => group.forEach((photo) => headings.set(photo.id, `${at + 1}. ${plural(group.length, "photograph")} alike`)));
+  groups.forEach((group, at) => group.forEach((photo) => headings.set(photo.id, `Group ${at + 1}: ${plural(group.length, "photograph")} alike`)));
   return { matches: remember(groups.flat()), best: null, searched: groups.flat().length, vetoed: 0, more: false, headings, groups: groups.length };
 }
 
@@ -215,7 +215,7 @@ function showEmpty() {
   setTimeout(async () => {
     if (!(await refreshStatus()) || state.status.photos) run();
     else if (!byId("state").hidden) showEmpty();
-  }, 4000);
+  }, 2500);
 }
 
 /** Everything around the photographs, as the question is. */

@@ -172,7 +172,7 @@ export function openFigures(dialog, figures, status, choose) {
     bars("Years", years, (year) => close({ after: `${year}-01-01`, before: `${Number(year) + 1}-01-01` })),
     bars("Cameras", figures.cameras, (camera) => close({ camera })),
     bars("Formats", figures.formats),
-    el("p", { class: "hint", text: `Searched by ${status.model}${status.calibrated ? "" : ", which is not calibrated: it gives no confidences"}.` }),
+    el("p", { class: "hint", text: `Model: ${status.model}${status.calibrated ? "" : "; it is not calibrated, so it gives no confidences"}.` }),
     status.folders?.length ? el("p", { class: "hint", text: `Folders: ${status.folders.join(", ")}` }) : "",
   );
 }
