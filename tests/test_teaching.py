@@ -61,14 +61,17 @@ def test_without_examples_the_query_stays():
 def test_precision_of_what_can_and_what_cannot_be_learnt():
     none, rest = np.empty((0, 8), np.float32), cloud(1, 60, 2)
     assert leave_one_out(cloud(0, 6, 1), none, rest) == 1.0
-    assert leave_one_out(cloud(1, 6, 5), none, rest) < 0.5  # no different from the rest
+    assert leave_one_out(cloud(1, 6, 5), none, rest) < 0.8  # no different from the rest: by chance a half
     assert leave_one_out(cloud(0, 1, 1), none, rest) is None
 
 
 def test_precision_is_of_photographs_that_were_left_out():
-    alike, odd = cloud(0, 3, 1), unit(np.eye(8)[5])[None]  # the odd one is found only by a direction that saw it
-    rest = np.concatenate([cloud(1, 60, 2), cloud(5, 3, 3)])
-    assert leave_one_out(np.concatenate([alike, odd]), np.empty((0, 8), np.float32), rest) == 0.75
+    """In 64 dimensions any five rows are told from 40 others once they were seen; left out, they are like them."""
+    rows = unit(np.random.default_rng(0).standard_normal((45, 64)))
+    examples, none, rest = rows[:5], np.empty((0, 64), np.float32), rows[5:]
+    row = learn(examples, none, rest)
+    assert (examples @ row).min() > (rest @ row).max()
+    assert leave_one_out(examples, none, rest) < 0.75
 
 
 # Queries
@@ -236,14 +239,15 @@ def test_an_index_of_before_learns_concepts(tmp_path):
 
 
 def test_ticks_and_crosses_refine_a_query(index, colours):
-    request = Request(top_k=10, duplicates="show")
-    first = index.answer(parse_query("red"), request)
-    assert yellow_share(first) == 0
-    liked = [colours / f"yellow{number:02}.png" for number in (1, 8, 15)]
-    found = index.refine(parse_query("red"), liked, [match.path for match in first[:5]], request)
-    assert yellow_share(found) == 1
-    assert found.query == "red"
-    assert yellow_share(index.refine(None, liked, [], request)) == 1
+    request = Request(top_k=60, duplicates="show")
+    before = [name[:3] for name in names(index.answer(parse_query("green"), request))]
+    assert before[:20] == ["yel"] * 20
+    assert set(before[20:40]) == {"red", "blu"}  # neither has any green
+    liked, disliked = ([colours / f"{colour}{number:02}.png" for number in (1, 8, 15)] for colour in ("red", "blue"))
+    found = index.refine(parse_query("green"), liked, disliked, request)
+    assert [name[:3] for name in names(found)] == ["yel"] * 20 + ["red"] * 20 + ["blu"] * 20
+    assert found.query == "green"
+    assert {name[:3] for name in names(index.refine(None, liked, [], request))[:20]} == {"red"}
 
 
 def test_nothing_that_was_ticked_is_there(index, tmp_path):

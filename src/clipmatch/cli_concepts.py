@@ -138,10 +138,7 @@ def described(concept: Concept) -> str:
     if concept.others:
         parts.append(f"{len(concept.others)} that are not")
     if concept.precision is not None:
-        right = round(concept.precision * count)
-        parts.append(
-            f"leave-one-out precision {concept.precision:.2f} ({right} of {count} found again among the first)"
-        )
+        parts.append(f"leave-one-out precision {concept.precision:.2f}")
     return ", ".join(parts)
 
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-STIFFNESS = 0.003  # how strongly the weights are held near the prior
-TRUST = 20.0  # length of the prior that a query gives: the weights of a fit are of that size
+STIFFNESS = 0.1  # how strongly the weights are held near the prior
+TRUST = 0.7  # spread, over the other photographs, of what the prior of a query adds up to
 OTHERS = 1000  # photographs of a collection that stand for all of it
 COPY = 0.98  # cosine from which on another photograph is taken for a copy of an example
 FOLDS = 20  # as many fits, at most, tell how well a concept is learnt
+LITTLE = 0.02  # spread of cosines in a collection of photographs that are all alike
 STEPS = 25  # of Newton's method; it needs about eight
 
 
@@ -33,9 +34,8 @@ class Concept:
     """What "@name" means in a query.
 
     row [d]: its direction, a unit vector. examples, others: the files that showed it, and those that did not.
-    precision: of as many photographs as there are examples, those that come first when each is judged by a direction
-    learnt without it, the share that are examples; at most this low, for the rest are taken for wrong. None for a
-    single example.
+    precision: each example judged by what was learnt without it, and as many other photographs: of those that are
+    taken for the concept, the share that are examples. Others that show it too count as wrong. None for one example.
     """
 
     name: str
@@ -55,39 +55,27 @@ def learn(
 
     query: the row [d] that a direction without examples would have.
     """
-    rest = rest[~copies(rest, np.concatenate([liked, disliked]))]
-    prior = np.zeros(rest.shape[1]) if query is None else TRUST * query.astype(np.float64)
-    weights = fit(liked, disliked, rest, prior)
-    if len(liked):
-        doubtful = rest @ weights > np.median(liked @ weights)
-        weights = fit(liked, disliked, rest[~doubtful], prior)
+    weights, _ = decide(liked, disliked, rest, query)
     return (weights / max(float(np.linalg.norm(weights)), 1e-9)).astype(np.float32)
 
 
 def leave_one_out(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32]) -> float | None:
     """The precision that `Concept` tells of; None if there are less than two examples.
 
-    With more than `FOLDS` examples some of them are left out together.
+    With more than `FOLDS` examples some of them are left out together, and always a part of the others with them.
     """
     if len(liked) < 2:
         return None
-    rest = rest[~copies(rest, np.concatenate([liked, disliked]))]
-    groups = (liked, disliked, rest)
-    scores = [np.empty(len(group)) for group in groups]
+    groups = (liked, disliked, rest[~copies(rest, np.concatenate([liked, disliked]))])
+    taken = [np.empty(len(group), bool) for group in groups]  # for the concept
     folds = min(FOLDS, len(liked))
     for fold in range(folds):
         held = [np.arange(len(group)) % folds == fold for group in groups]
-        row = learn(*(group[~out] for group, out in zip(groups, held, strict=True)))
-        for values, group, out in zip(scores, groups, held, strict=True):
-            values[out] = group[out] @ row
-    wrong = np.concatenate(scores[1:])
-    ranks = 1 + np.array([np.count_nonzero(wrong >= score) for score in scores[0]]) + rank_among(scores[0])
-    return float(np.mean(ranks <= len(liked)))
-
-
-def rank_among(scores: Floats) -> NDArray[np.int64]:
-    """How many of the others are before each, in order of scores."""
-    return np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
+        weights, constant = decide(*(group[~out] for group, out in zip(groups, held, strict=True)))
+        for values, group, out in zip(taken, groups, held, strict=True):
+            values[out] = group[out] @ weights + constant > 0
+    right, wrong = taken[0].mean(), np.concatenate(taken[1:]).mean()
+    return float(right / max(right + wrong, 1e-9))
 
 
 def copies(rows: NDArray[np.float32], of: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -96,8 +84,29 @@ def copies(rows: NDArray[np.float32], of: NDArray[np.float32]) -> NDArray[np.boo
     return alike
 
 
-def fit(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32], prior: Floats) -> Floats:
-    """Weights [d] of a logistic regression with a constant, by Newton's method.
+def decide(
+    liked: NDArray[np.float32],
+    disliked: NDArray[np.float32],
+    rest: NDArray[np.float32],
+    query: NDArray[np.float32] | None = None,
+) -> tuple[Floats, float]:
+    """Weights [d] and a constant: a photograph is taken for the concept where they add up to more than 0."""
+    rest = rest[~copies(rest, np.concatenate([liked, disliked]))]
+    prior = np.zeros(rest.shape[1])
+    if query is not None:
+        spread = float((rest @ query).std()) if len(rest) else 0.0
+        prior += TRUST / max(spread, LITTLE) * query
+    weights, constant = fit(liked, disliked, rest, prior)
+    if len(liked):
+        doubtful = rest @ weights > np.median(liked @ weights)
+        weights, constant = fit(liked, disliked, rest[~doubtful], prior)
+    return weights, constant
+
+
+def fit(
+    liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32], prior: Floats
+) -> tuple[Floats, float]:
+    """Weights [d] and the constant of a logistic regression, by Newton's method.
 
     Examples weigh as much as all that is not meant; of that, counter-examples as much as the rest.
     """
@@ -128,7 +137,7 @@ def fit(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray
         if now - new < 1e-9:
             break
         weights, now = weights - size * step, new
-    return weights[:-1]
+    return weights[:-1], float(weights[-1])
 
 
 def concept_name(name: str) -> str:
