@@ -126,3 +126,19 @@ def training_demo(tmp_path_factory):
     command = [sys.executable, "-m", "clipmatch.cli", "demo", "--train"]
     done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return place / "clipmatch-demo", done.stdout
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """The folder with the JavaScript libraries of an exported gallery, fetched once; skips where npm can't fetch."""
+    from clipmatch.album import RUNTIME, WORDS
+    from clipmatch.errors import ClipmatchError
+    from clipmatch.npm import fetch
+
+    folder = tmp_path_factory.mktemp("npm")
+    for package in (RUNTIME, WORDS):
+        try:
+            (folder / package.archive).write_bytes(fetch(package))
+        except ClipmatchError as error:
+            pytest.skip(str(error))
+    return folder

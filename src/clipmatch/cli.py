@@ -21,6 +21,7 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "index": ("cli_photos", "index_command"),
     "find": ("cli_photos", "find_command"),
     "duplicates": ("cli_photos", "duplicates_command"),
+    "export-gallery": ("cli_gallery", "export_gallery_command"),
     "data": ("cli_data", "data_group"),
     "demo": ("cli_train", "demo"),
     "train": ("cli_train", "train"),
