@@ -428,7 +428,7 @@ def test_pages_filters_and_thresholds(page, index):
     dated = ask(page, "search", {"query": "a cat", "where": {"after": "2023-06", "before": "2024"}})
     assert [match["name"] for match in dated["matches"]] == ["IMG_1.jpg"]
     assert dated["searched"] == 1
-    captioned = ask(page, "search", {"query": "", "where": {"has_caption": True}})
+    captioned = ask(page, "search", {"query": "", "where": {"hasCaption": True}})
     assert [match["caption"] for match in captioned["matches"]] == ["Breakfast <b>in Rome</b>"]
     assert ask(page, "search", {"query": "a cat", "where": {"after": "2030"}})["matches"] == []
 

@@ -246,6 +246,7 @@ def photo_columns(photos: Sequence[Photo], names: list[str], places: Sequence[in
         "full": full,
         "width": [metadata.width for metadata in known],
         "height": [metadata.height for metadata in known],
+        "bytes": [photo.stamp.size for photo in photos],
         "taken": [metadata.taken and metadata.taken.isoformat() for metadata in known],
         "caption": [metadata.caption for metadata in known],
     }
@@ -315,10 +316,10 @@ def write_data(folder: Path, name: str, value: str) -> None:
 
 def write_page(folder: Path) -> None:
     """The page: its modules in one script, all else as it is."""
-    for path in WEB.iterdir():
-        if path.suffix not in (".js", ".html"):
-            shutil.copyfile(path, folder / path.name)
     html = (WEB / "index.html").read_text(encoding="utf-8")
+    for path in WEB.iterdir():
+        if path.suffix not in (".js", ".html") or f'<script src="{path.name}"' in html:  # modules are in page.js
+            shutil.copyfile(path, folder / path.name)
     (folder / "index.html").write_text(static_page(html), encoding="utf-8")
     names = {"backend.js": "offline.js"}
     script = bundle("app.js", lambda name: (WEB / names.get(name, name)).read_text(encoding="utf-8"))

@@ -1,3 +1,4 @@
+    (!weight || known.bytes[place] >= weight) &&
 // The backend of a gallery that was given away as a folder: all of it happens in the page, nothing is sent anywhere.
 // In: the scripts in data/, each of which calls gallery(name, value). Out: `backend`, as app.js expects it.
 // What is known of the photographs is read at once; the model (tens of megabytes) in the background, or by the first
@@ -155,7 +156,7 @@ function photo(known, place) {
 
 /** The places that pass a filter. Dates are compared as texts: 2023 comes before 2023-06-15T12:30:00. */
 function passing(known, where) {
-  const { after, before, min_side: side, has_caption: captioned } = where ?? {};
+  const { after, before, minSide: side, minSize: weight, hasCaption: captioned } = where ?? {};
   const passes = (place) =>
     (!after || (known.taken[place] ?? "") >= after) &&
     (!before || (known.taken[place] ?? "~") < before) &&
@@ -234,6 +235,7 @@ export const backend = {
     duplicates: false,
     exclude: false,
     image: false,
+    hybrid: false,
   },
 
   async status() {
@@ -243,8 +245,8 @@ export const backend = {
   },
 
   async search(request, signal) {
-    const { query = "", like = null, liked = [], disliked = [], where = {}, minConfidence = null } = request;
-    const { page: number = 1, size = 50 } = request;
+    const { query = "", like = null, liked = [], disliked = [], where = {}, minConfidence = 0 } = request;
+    const { page: number = 1, size = 60 } = request;
     const places = (ids) => (ids ?? []).map(Number);
     const one = like === null || like === undefined ? null : Number(like);
     const marks = { liked: places(liked), disliked: places(disliked) };
@@ -262,7 +264,7 @@ export const backend = {
     };
   },
 
-  async browse({ page: number = 1, size = 50, where = {} } = {}, signal) {
+  async browse({ page: number = 1, size = 60, where = {} } = {}, signal) {
     const known = await photographs();
     signal?.throwIfAborted();
     const places = newest(known, passing(known, where));
