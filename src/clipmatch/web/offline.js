@@ -4,9 +4,9 @@
 // What is known of the photographs is read at once; the model (tens of megabytes) in the background, or by the first
 // query if that comes sooner.
 
-import { confidences, cosines, learn, order, rowAt, stacks, unit } from "./ranking.js";
+import { blend, confidences, cosines, learn, order, rowAt, stacks, sum, unit } from "./ranking.js";
 
-const WEIGHT = /^(.*[^\s\d])\s*:\d+(\.\d+)?$/s; // as in query.py; the weight of a single sentence says nothing
+const WEIGHT = /^(.*[^\s\d])\s*:(\d+(?:\.\d+)?)$/s; // as in query.py
 const REMEMBERED = 50; // sentences whose vectors are kept
 const PAUSE = 400; // milliseconds that the first pictures have for themselves
 
@@ -104,8 +104,7 @@ const remembered = new Map();
 let turn = Promise.resolve();
 
 /** A sentence -> its unit vector. */
-async function embed(sentence) {
-  const text = (WEIGHT.exec(sentence)?.[1] ?? sentence).trim();
+async function embed(text) {
   if (!remembered.has(text)) {
     turn = turn.catch(() => {}).then(() => run(text)); // one at a time
     const row = await turn;
@@ -144,6 +143,7 @@ function photo(known, place) {
     id: place,
     name: path.slice(path.lastIndexOf("/") + 1),
     path,
+    size: known.bytes[place],
     width: known.width[place],
     height: known.height[place],
     taken: known.taken[place],
@@ -177,6 +177,17 @@ function page(items, number, size) {
   return items.slice((number - 1) * size, number * size);
 }
 
+/** A sentence and a photograph, or one of them -> their vectors and weights. */
+async function termsOf(text, like, rows) {
+  const terms = [];
+  if (text) {
+    const [, what, weight] = WEIGHT.exec(text) ?? [text, text, "1"];
+    terms.push({ row: await embed(what.trim()), weight: Number(weight) });
+  }
+  if (like !== null) terms.push({ row: unit(rowAt(rows, like)), weight: 1 });
+  return terms;
+}
+
 // Matches -------------------------------------------------------------------------------------------------------------
 
 let last = { key: null, ranking: null }; // so that a second page need not search again
@@ -187,14 +198,16 @@ async function ranking({ query, like, liked, disliked, where, minConfidence }, s
   if (last.key === key) return last.ranking;
   const [known, found] = await Promise.all([photographs(), vectors()]);
   const { rows, hashes, near, background, calibration } = found;
-  const text = query.trim();
-  const asks = text ? await embed(text) : null;
+  const terms = await termsOf(query.trim(), like, rows);
   signal?.throwIfAborted();
   const ticked = liked.length + disliked.length > 0;
-  const row = ticked ? learn(rows, liked, disliked, asks) : like !== null ? unit(rowAt(rows, like)) : asks;
+  const meant = terms.length ? sum(terms) : null;
+  if (ticked && !liked.length && !meant) throw new Error("Crosses alone say nothing; tick what you are looking for.");
+  const row = ticked ? learn(rows, liked, disliked, meant) : meant;
   const places = passing(known, where);
-  const scores = cosines(rows, row, places);
-  const sure = calibration && background && !ticked && like === null && places.length > 0;
+  const mixed = terms.length > 1 && !ticked;
+  const scores = mixed ? blend(rows, terms, places) : cosines(rows, row, places);
+  const sure = calibration && background && !ticked && like === null && places.length;
   const chances = sure ? confidences(calibration, background, rows, row, places, scores) : null;
   let best = order(chances ?? scores, scores);
   const first = best[0];
@@ -236,6 +249,7 @@ export const backend = {
     exclude: false,
     image: false,
     hybrid: false,
+    camera: false,
   },
 
   async status() {
@@ -257,7 +271,7 @@ export const backend = {
     const all = found.upTo(number * size + 1);
     return {
       matches: page(all, number, size),
-      best: found.best,
+      best: all.length ? null : found.best,
       searched: found.searched,
       vetoed: 0,
       more: all.length > number * size,

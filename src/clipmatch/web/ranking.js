@@ -47,6 +47,24 @@ export function cosine(rows, one, other) {
   return sum * scales[one] * scales[other];
 }
 
+/** Terms {row, weight} -> one unit vector. */
+export function sum(terms) {
+  return unit(terms[0].row.map((_, at) => terms.reduce((whole, term) => whole + term.weight * term.row[at], 0)));
+}
+
+/** The scores of terms of different kinds: their cosines, standardised, for those of sentences are of another size. */
+export function blend(rows, terms, places) {
+  const whole = terms.reduce((found, term) => found + term.weight, 0);
+  const scores = new Float64Array(places.length);
+  for (const { row, weight } of terms) {
+    const found = cosines(rows, row, places);
+    const mean = found.reduce((all, value) => all + value, 0) / found.length;
+    const spread = Math.sqrt(found.reduce((all, value) => all + (value - mean) ** 2, 0) / found.length);
+    found.forEach((value, at) => { scores[at] += ((value - mean) / Math.max(spread, 1e-6)) * (weight / whole); });
+  }
+  return scores;
+}
+
 /** The probability of each photograph to be the one that is meant, Float64Array [m]: `Calibration.probabilities`.
  *
  *     e_i = w0 + w1 cosine_i + w2 background_i + w3 familiarity(query)
@@ -58,11 +76,11 @@ export function confidences(calibration, background, rows, query, places, scores
   const [constant, ofCosine, ofPicture, ofQuery] = calibration.weights;
   const bank = calibration.bank;
   const near = cosines(bank, query, Array.from(bank.scales.keys())).sort().subarray(-calibration.nearest);
-  const known = constant + (ofQuery * near.reduce((sum, value) => sum + value, 0)) / near.length;
+  const known = constant + (ofQuery * near.reduce((all, value) => all + value, 0)) / near.length;
   const evidence = scores.map((score, index) => ofCosine * score + ofPicture * background[places[index]] + known);
   const top = evidence.reduce((most, value) => Math.max(most, value), 0); // so that no exponential overflows
   const odds = evidence.map((value) => Math.exp(value - top));
-  const all = places.length * Math.exp(-top) + odds.reduce((sum, value) => sum + value, 0);
+  const all = places.length * Math.exp(-top) + odds.reduce((all, value) => all + value, 0);
   const rivals = new Float64Array(places.length).fill(all);
   const likely = best(evidence, calibration.rivals);
   for (const one of likely) {
