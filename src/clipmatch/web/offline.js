@@ -1,4 +1,3 @@
-    (!weight || known.bytes[place] >= weight) &&
 // The backend of a gallery that was given away as a folder: all of it happens in the page, nothing is sent anywhere.
 // In: the scripts in data/, each of which calls gallery(name, value). Out: `backend`, as app.js expects it.
 // What is known of the photographs is read at once; the model (tens of megabytes) in the background, or by the first
@@ -161,6 +160,7 @@ function passing(known, where) {
     (!after || (known.taken[place] ?? "") >= after) &&
     (!before || (known.taken[place] ?? "~") < before) &&
     (!side || Math.min(known.width[place], known.height[place]) >= side) &&
+    (!weight || known.bytes[place] >= weight) &&
     (!captioned || known.caption[place] !== null);
   return Array.from(known.path.keys()).filter(passes);
 }
@@ -182,7 +182,7 @@ async function termsOf(text, like, rows) {
   const terms = [];
   if (text) {
     const [, what, weight] = WEIGHT.exec(text) ?? [text, text, "1"];
-    terms.push({ row: await embed(what.trim()), weight: Number(weight) });
+    terms.push({ row: await embed(what.trim()), weight: Number(weight) || 1 });
   }
   if (like !== null) terms.push({ row: unit(rowAt(rows, like)), weight: 1 });
   return terms;
