@@ -26,6 +26,8 @@ from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
 from clipmatch.npm import Package, read_package
+from clipmatch.query import parse_query
+from clipmatch.search import Request
 from clipmatch.store import Filter
 
 SECRETS = (b"anna", b"Canon", b"secret", b"GPS", b"Exif\0", b"<x:xmpmeta")
@@ -364,6 +366,8 @@ def browser():
     names = ("chromium", "chromium-browser", "google-chrome")
     program = os.environ.get("CLIPMATCH_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if program is None:
+        if os.environ.get("CLIPMATCH_BROWSER") == "required":
+            pytest.fail("no Chromium is installed")
         pytest.skip("no Chromium is installed")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync"]
@@ -458,4 +462,54 @@ def test_missing_data_is_said_in_a_sentence(small_page, browser, tmp_path):
     page.wait_for_function("window.backend")
     said = page.evaluate("backend.search({query: 'a cat'}).catch((error) => error.message)")
     assert said == "The file data/model.js can't be read; copy the gallery's folder again."
+    page.close()
+
+
+@pytest.mark.parametrize("query", [None, "a photo"])
+def test_ticks_and_crosses_refine_as_they_do_in_the_index(page, index, query):
+    known = {match["name"]: match["id"] for match in ask(page, "browse", {"size": 100})["matches"]}
+    paths = {photo.path.name: photo.path for photo in index}
+    liked, disliked = ["coins.png", "brick.png"], ["moon.png"]
+    asked = parse_query(query) if query else None
+    marked = [[paths[name] for name in names] for names in (liked, disliked)]
+    expected = index.refine(asked, *marked, Request(top_k=8))
+    marks = {"liked": [known[name] for name in liked], "disliked": [known[name] for name in disliked]}
+    found = ask(page, "search", {"query": query or "", **marks, "size": 8})
+    assert [match["name"] for match in found["matches"]] == [match.path.name for match in expected]
+    scores = [match.score for match in expected]
+    assert [match["score"] for match in found["matches"]] == pytest.approx(scores, abs=0.02)
+    assert found["matches"][0]["confidence"] is None
+    said = page.evaluate("backend.search({disliked: [1]}).catch((error) => error.message)")
+    assert said == "Crosses alone say nothing; tick what you are looking for."
+
+
+def test_a_sentence_and_a_photograph_at_once(page, index):
+    known = {match["name"]: match["id"] for match in ask(page, "browse", {"size": 100})["matches"]}
+    path = next(photo.path for photo in index if photo.path.name == "coins.png")
+    expected = index.find(["a cat", path], top_k=3)
+    found = ask(page, "search", {"query": "a cat", "like": known["coins.png"], "size": 3})
+    assert [match["name"] for match in found["matches"]] == [match.path.name for match in expected]
+    assert [match["score"] for match in found["matches"]] == pytest.approx([m.score for m in expected], abs=0.1)
+
+
+def test_the_page_searches_when_it_is_opened_as_a_file(folder, browser, index):
+    address = (folder / "index.html").as_uri()
+    page, asked, wrong = opened(browser, address)
+    first = page.locator(".tile").first
+    first.wait_for()
+    page.fill("#query", "a cat")
+    page.press("#query", "Enter")
+    page.wait_for_function("document.querySelector('.tile')?.getAttribute('aria-label').includes('chelsea')")
+    assert page.locator(".tile .sure").count() > 0
+    page.wait_for_function("document.querySelector('.tile img').naturalWidth > 0")
+    if place := os.environ.get("CLIPMATCH_SCREENSHOTS"):
+        page.screenshot(path=f"{place}/gallery.png")
+    first.hover()
+    first.locator(".tick").click()
+    page.wait_for_function("document.querySelector('#summary').textContent.includes('Refined by 1 tick')")
+    first.locator("img").click()
+    page.wait_for_function("document.querySelector('#viewer').open")
+    page.wait_for_function("[...document.querySelectorAll('#viewer img')].some((image) => image.src.includes('/full/'))")
+    assert wrong == []
+    assert [url for url in asked if not url.startswith((address.removesuffix("index.html"), "data:", "blob:"))] == []
     page.close()
