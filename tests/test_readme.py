@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,8 @@ def place(scenes, towers, tmp_path_factory):
     return folder
 
 
-def run(command, place):
-    environment = {
+def environment(place):
+    return {
         **os.environ,
         "HOME": str(place),  # for ~/Pictures
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -43,14 +45,29 @@ def run(command, place):
         "HF_HUB_OFFLINE": "1",
         "CLIPMATCH_CACHE": str(place / "cache"),
     }
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+
+def run(command, place):
+    return subprocess.run(command, cwd=place, env=environment(place), capture_output=True, text=True, check=False)
+
+
+def serve(command, place):
+    """Start the server, ask it for its page, end it by Ctrl-C."""
+    command = [*command, "--port", "0"]  # whatever else is at the usual one
+    with subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True) as process:
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        with urllib.request.urlopen(address) as page:
+            assert b"clipmatch" in page.read()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    return process
 
 
 def test_commands_and_python_in_order(place):
     commands = [line for block in blocks("sh") for line in block.strip().splitlines() if line.startswith("clipmatch ")]
     assert len(commands) >= 4
     for command in commands:
-        done = run(shlex.split(command), place)
+        done = (serve if "serve" in command else run)(shlex.split(command), place)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (place / "figures.json").is_file()
     assert (place / "card.html").is_file()

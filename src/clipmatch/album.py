@@ -55,13 +55,26 @@ FORMAT = 1
 SMALL, LARGE = 640, 2048  # pixels of the longer side: as a tile on a sharp screen, and filling one
 QUALITY = 82  # of JPEG
 
-RUNTIME = Package("onnxruntime-web", "VERSION", "INTEGRITY")
+RUNTIME = Package(
+    "onnxruntime-web",
+    "1.30.0",
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+)
 RUNTIME_SCRIPT, RUNTIME_BINARY = "dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"
-WORDS = Package("@huggingface/tokenizers", "VERSION", "INTEGRITY")
+WORDS = Package(
+    "@huggingface/tokenizers",
+    "0.2.0",
+    "LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg==",
+)
 WORDS_SCRIPT, WORDS_LICENCE = "dist/tokenizers.min.mjs", "LICENSE"
 
 # Nothing may be fetched or sent; scripts, styles and pictures are the folder's own. WebAssembly is the model's runtime.
 POLICY = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob: data:"
+LICENCES = {  # of what the packages of Python and of npm share, and of the page; by name in the folder
+    "clipmatch.txt": ("clipmatch", "licenses/LICENSE"),
+    "onnxruntime-web.txt": ("onnxruntime", "onnxruntime/LICENSE"),
+    "onnxruntime-web-notices.txt": ("onnxruntime", "onnxruntime/ThirdPartyNotices.txt"),
+}
 SCRIPT = re.compile(r"<script\b[^>]*\btype=\"module\"[^>]*\bsrc=\"[^\"]*\"[^>]*></script>")
 POLICY_TAG = re.compile(r"\s*<meta\b[^>]*Content-Security-Policy[^>]*>")
 README = """\
@@ -339,9 +352,9 @@ def write_papers(folder: Path, count: int, runtime: str | Path | None, model_lic
     """What people read: what this is, and the licences of what is in it; and the marker."""
     licences = folder / "licences"
     licences.mkdir()
-    own = distribution_file("clipmatch", "licenses/LICENSE")
-    if own:
-        (licences / "clipmatch.txt").write_text(own, encoding="utf-8")
+    for name, (package, path) in LICENCES.items():
+        if text := distribution_file(package, path):
+            (licences / name).write_text(text, encoding="utf-8")
     words = read_package(WORDS, (WORDS_LICENCE,), runtime)
     (licences / "tokenizers.txt").write_bytes(words[WORDS_LICENCE])
     terms = f"; the model's are {model_licence}" if model_licence else ""
@@ -350,9 +363,14 @@ def write_papers(folder: Path, count: int, runtime: str | Path | None, model_lic
     (folder / GALLERY).write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
-def distribution_file(name: str, file: str) -> str | None:
-    """A text that an installed package carries about itself."""
+def distribution_file(package: str, path: str) -> str | None:
+    """A text that came with an installed package; None if it is not there."""
     try:
-        return distribution(name).read_text(file)
+        found = distribution(package)
+        for place in (path, f"{found.metadata['Name']}-{found.version}.dist-info/{path}"):
+            file = Path(str(found.locate_file(place)))
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
     except PackageNotFoundError:
-        return None
+        pass
+    return None

@@ -59,7 +59,7 @@ class Approximate:
 
         passing: the places among which to look; None: all.
         """
-        self.faiss.omp_set_num_threads(usable_cores())  # of this thread
+        self.faiss.omp_set_num_threads(1)  # of this thread: the lists are read before a second one has begun
         selector = None if passing is None else passing.selector(self.faiss, self.index.ntotal)
         share = 1.0 if passing is None else len(passing.places) / self.index.ntotal
         lists = self.index.nlist

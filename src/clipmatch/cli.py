@@ -21,6 +21,10 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "index": ("cli_photos", "index_command"),
     "find": ("cli_photos", "find_command"),
     "duplicates": ("cli_photos", "duplicates_command"),
+    "serve": ("cli_serve", "serve_command"),
+    "teach": ("cli_concepts", "teach_command"),
+    "concepts": ("cli_concepts", "concepts_group"),
+    "explain": ("cli_concepts", "explain_command"),
     "export-gallery": ("cli_gallery", "export_gallery_command"),
     "data": ("cli_data", "data_group"),
     "demo": ("cli_train", "demo"),
@@ -79,6 +83,9 @@ def main() -> None:
     Keep up with a whole collection, and ask it more:
         clipmatch index ~/Pictures
         clipmatch find "a dog on a beach" --not person --after 2023
+    Teach it what only you know, and see why a photograph matches:
+        clipmatch teach @rex rex1.jpg rex2.jpg
+        clipmatch explain "a dog on a beach" photo.jpg -o why.png
     See what it finds in sample photographs:
         clipmatch demo
     See a model learn from nothing, in three minutes:

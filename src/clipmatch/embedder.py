@@ -134,6 +134,12 @@ class BatchedEmbedder(ABC):
     def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
         """B strings -> unit rows [b, d]."""
 
+    def encode_places(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """uint8 [b, s, s, 3] -> unit rows [b, p, d] of the p places of each picture, row by row; None if a place alone
+        means nothing to the model.
+        """
+        return None
+
     def embed_images(
         self, paths: Sequence[str | Path], progress: bool = True, read: ReadImage | None = None
     ) -> ImageEmbeddings:
@@ -211,6 +217,14 @@ class TorchEmbedder(BatchedEmbedder):
 
         return self._run(self.model.encode_image, torch.from_numpy(self.transform.normalise(pixels)))
 
+    def encode_places(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """uint8 [b, s, s, 3] -> unit rows [b, p, d]."""
+        import torch
+
+        if not self.model.has_places:
+            return None
+        return self._run(self.model.encode_places, torch.from_numpy(self.transform.normalise(pixels)))
+
     def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
         """B strings -> unit rows [b, d]."""
         tokens = self.checkpoint.tokenizer(
@@ -257,6 +271,11 @@ class OnnxEmbedder(BatchedEmbedder):
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [b, s, s, 3] -> unit rows [b, d]."""
         return self.run_image(pixels, "embedding")
+
+    def encode_places(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """uint8 [b, s, s, 3] -> unit rows [b, p, d]."""
+        names = [output.name for output in self.image_session.get_outputs()]
+        return self.run_image(pixels, "grid") if "grid" in names else None
 
     def encode_strings(self, texts: list[str]) -> NDArray[np.float32]:
         """B strings -> unit rows [b, d]."""

@@ -30,7 +30,7 @@ from clipmatch.config import to_json
 from clipmatch.crawl import list_images
 from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder, read_batches
 from clipmatch.errors import ClipmatchError, reason_of
-from clipmatch.model import fold_standardisation, last_hidden_state, leading_tokens
+from clipmatch.model import fold_standardisation, last_hidden_state
 from clipmatch.modelfolder import (
     CALIBRATION,
     CONFIG,
@@ -135,18 +135,7 @@ class ImageGraph(nn.Module):
         hidden = last_hidden_state(encoder.backbone(pixel_values=values), encoder.backbone)  # [b, t, h]
         features = encoder.pool(hidden)
         outputs = (self.model.project_image(features), features)
-        if not self.has_grid:
-            return outputs
-        places = hidden[:, leading_tokens(encoder.backbone) :]
-        parts = len(encoder.pooling.split("+"))  # average and maximum of a single place are the place itself
-        single = torch.cat([places] * parts, dim=-1).flatten(0, 1)  # [b * p, h]: as the head takes pooled features
-        grid = self.model.project_image(single).view(*places.shape[:2], -1)  # [b, p, d]
-        return (*outputs, grid)
-
-    @property
-    def has_grid(self) -> bool:
-        """Whether a place's own features are of the kind that the head knows: averages and maxima of places are."""
-        return "cls" not in self.model.image_encoder.pooling
+        return (*outputs, self.model.project_places(hidden)) if self.model.has_places else outputs
 
 
 class TextGraph(nn.Module):
@@ -172,7 +161,7 @@ def write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
         fold_standardisation(encoder)
     side, tokens = checkpoint.transform.config.size, min(8, model.config.max_length)
     image = ImageGraph(checkpoint)
-    outputs = ["embedding", "features", *(["grid"] if image.has_grid else [])]
+    outputs = ["embedding", "features", *(["grid"] if checkpoint.model.has_places else [])]
     pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     with plain_attention(model.image_encoder.backbone):
         write_graph(folder / IMAGE_GRAPH, image, {"pixels": pixels}, {0: "batch"}, outputs)

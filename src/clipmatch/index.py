@@ -7,12 +7,15 @@ search; how any of them works is not known here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from clipmatch.approximate import Approximate, Passing, approximate_file, build_approximate, open_approximate
 from clipmatch.calibration import Calibration
@@ -23,8 +26,9 @@ from clipmatch.imageformats import SUFFIXES
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, parse_query
 from clipmatch.runtime import cache_folder
-from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search
+from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.store import Filter, ModelName, Root, Store, check_model, default_index
+from clipmatch.teaching import OTHERS, Concept, concept_name, learn, leave_one_out
 from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+CONCEPTS = 1  # of the form in which concepts are exported
 FILTERS = 4  # whose places are remembered, for a page follows another
 
 
@@ -160,7 +165,145 @@ class Index:
         """`find`, for a query and a request that are made already."""
         with self.store.snapshot():
             check_model(self.store, self.embedder)  # another process may have changed it
-            return self._use(lambda opened: self._search(opened, query, request))
+            known = self.with_concepts(query)
+            return self._use(lambda opened: self._search(opened, known, request))
+
+    def refine(self, query: Query | None, liked: Sequence[Path], disliked: Sequence[Path], request: Request) -> Matches:
+        """The photographs that match a query as it is meant: more like some of the index, and less like others.
+
+        query: None where the photographs alone say what is meant. Raises ClipmatchError if none of them is in the
+        index.
+        """
+        with self.store.snapshot():
+            check_model(self.store, self.embedder)
+            known = self.with_concepts(query) if query else None
+            base = sum_of_terms(known, known.vectors(self.embedder)) if known else None
+            good, bad = (rows_in(self.store.rows_of(paths), self.embedder.dim) for paths in (liked, disliked))
+            if not len(good) and (base is None or not len(bad)):
+                raise ClipmatchError("None of the photographs that were ticked is in the index now.")
+            row = self._use(lambda opened: learn(good, bad, some_rows(opened.gallery, self.embedder.dim), base))
+            meant = Query((Term(concept="refined", row=row),))
+            found = self._use(lambda opened: self._search(opened, meant, request))
+        found.query = str(query) if query else ""
+        return found
+
+    # Concepts
+
+    def teach(self, name: str, examples: Sequence[str | Path], others: Sequence[str | Path] = ()) -> Concept:
+        """Learn what "@name" means from pictures that show it, and others that do not; in the place of one so named.
+
+        Pictures may lie anywhere; folders stand for the pictures below them. What the index holds stands for all that
+        is not meant. Raises ClipmatchError if one can't be read, or the name could not stand in a query.
+        """
+        plain = concept_name(name)
+        files = [picture_files(paths) for paths in (examples, others)]
+        if not files[0]:
+            raise ClipmatchError(f"To teach @{plain} takes at least one picture that shows it.")
+        if both := set(files[0]) & set(files[1]):
+            raise ClipmatchError(f"The picture {min(both)} can't both show @{plain} and not.")
+        with self.store.snapshot():
+            check_model(self.store, self.embedder)
+            known = self.store.rows_of([*files[0], *files[1]])
+            rest = self._use(lambda opened: some_rows(opened.gallery, self.embedder.dim))
+        if not len(rest) and not files[1]:
+            raise ClipmatchError(
+                f"The index is empty, so nothing says what @{plain} is not; index your photographs first, or show some "
+                "that are not meant."
+            )
+        new = [path for path in [*files[0], *files[1]] if path not in known]
+        made = self.embedder.embed_images(new, progress=True)
+        if made.failures:
+            bad = made.failures[0]
+            raise ClipmatchError(f"The picture {bad.path} can't be read: {bad.reason}; leave it out.")
+        known.update(zip(made.paths, made.rows, strict=True))
+        good, bad_rows = (rows_in({path: known[path] for path in paths}, self.embedder.dim) for paths in files)
+        row, precision = learn(good, bad_rows, rest), leave_one_out(good, bad_rows, rest)
+        concept = Concept(plain, row, tuple(files[0]), tuple(files[1]), precision)
+        with self.store.writer():
+            if self.store.model is None:
+                self.store.bind(name_of(self.embedder))
+            self.store.keep_concept(self.embedder.fingerprint, concept)
+        return concept
+
+    def concepts(self) -> list[Concept]:
+        """Those that were taught, by name."""
+        return [concept for _, concept in self.store.concepts().values()]
+
+    def rename_concept(self, old: str, new: str) -> None:
+        """Give a concept another name. Raises ClipmatchError if there is none, or one of the new name."""
+        with self.store.writer():
+            if not self.store.rename_concept(concept_name(old), concept_name(new)):
+                raise self._unknown(concept_name(old))
+
+    def forget_concept(self, name: str) -> None:
+        """Remove a concept. Raises ClipmatchError if there is none."""
+        with self.store.writer():
+            if not self.store.forget_concept(concept_name(name)):
+                raise self._unknown(concept_name(name))
+
+    def export_concepts(self) -> dict[str, Any]:
+        """All concepts as values of JSON, for `import_concepts` of another index of the same model."""
+        taught = self.store.concepts().values()
+        return {
+            "schema": CONCEPTS,
+            "concepts": [
+                {
+                    "name": concept.name,
+                    "model": model,
+                    "row": concept.row.tolist(),
+                    "examples": list(map(str, concept.examples)),
+                    "others": list(map(str, concept.others)),
+                    "precision": concept.precision,
+                }
+                for model, concept in taught
+            ],
+        }
+
+    def import_concepts(self, values: dict[str, Any]) -> int:
+        """Take in what `export_concepts` gave, in the place of concepts so named -> how many there are.
+
+        Raises ClipmatchError, and takes in none, if one was taught to another model; KeyError, TypeError or ValueError
+        for what is none of its values.
+        """
+        if values["schema"] != CONCEPTS:
+            raise ClipmatchError("These concepts are from another version of clipmatch; export them anew.")
+        taken = []
+        for value in values["concepts"]:
+            row = np.array(value["row"], np.float32)
+            name = concept_name(value["name"])
+            if value["model"] != self.embedder.fingerprint or row.shape != (self.embedder.dim,):
+                raise ClipmatchError(f"The concept @{name} was taught to another model than that of this index.")
+            if not np.isfinite(row).all():
+                raise ValueError(f"@{name} has no numbers")
+            examples, others = (tuple(map(Path, value[key])) for key in ("examples", "others"))
+            precision = value["precision"]
+            taken.append(Concept(name, row, examples, others, None if precision is None else float(precision)))
+        with self.store.writer():
+            for concept in taken:
+                self.store.keep_concept(self.embedder.fingerprint, concept)
+        return len(taken)
+
+    def with_concepts(self, query: Query) -> Query:
+        """A query with the directions of its concepts. Raises ClipmatchError for one that this model was not taught."""
+        if not query.concepts:
+            return query
+        known = {name.casefold(): taught for name, taught in self.store.concepts().items()}
+        rows = {}
+        for name in query.concepts:
+            if name.casefold() not in known:
+                raise self._unknown(name)
+            model, concept = known[name.casefold()]
+            if model != self.embedder.fingerprint:
+                raise ClipmatchError(f"The concept @{concept.name} was taught to another model; teach it once more.")
+            rows[name] = concept.row
+        return query.with_concepts(rows)
+
+    def _unknown(self, name: str) -> ClipmatchError:
+        names = [f"@{known}" for known in self.store.concepts()]
+        return ClipmatchError(
+            f"There is no concept @{name}; teach it with: clipmatch teach @{name} PHOTO..."
+            + (f" There {'are' if names[1:] else 'is'} {', '.join(names)}." if names else "")
+        )
 
     def _search(self, opened: Opened, query: Query, request: Request) -> Matches:
         passing = self._passing(opened, request.where)
@@ -223,6 +366,11 @@ class Index:
             summary = reembed(self.store, embedder, name_of(embedder), progress)
             self._embedder = embedder
             self.derive()
+        for concept in self.concepts():
+            try:
+                self.teach(concept.name, concept.examples, concept.others)
+            except ClipmatchError as error:
+                summary.failures.append(Failure(Path(f"@{concept.name}"), f"is not taught anew: {error}"))
         return summary
 
     def gallery(self) -> Gallery:
@@ -262,6 +410,26 @@ class Index:
     def calibration(self) -> Calibration | None:
         """How sure the model's matches are, if that is known."""
         return getattr(self.embedder, "calibration", None)
+
+
+def picture_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Pictures and folders of them -> pictures, absolute, each once. Raises ClipmatchError for what does not exist."""
+    from clipmatch.crawl import list_images
+
+    return list(dict.fromkeys(file for path in paths for file in list_images(absolute(path))))
+
+
+def rows_in(rows: Mapping[Path, NDArray[np.float32]], dim: int) -> NDArray[np.float32]:
+    """Rows [d] by path -> [n, d]."""
+    return np.stack(list(rows.values())) if rows else np.empty((0, dim), np.float32)
+
+
+def some_rows(gallery: Gallery, dim: int) -> NDArray[np.float32]:
+    """Rows [r, d] of a collection, drawn at random but always the same, that stand for all of it."""
+    if not len(gallery):
+        return np.empty((0, dim), np.float32)
+    places = np.random.default_rng(0).choice(len(gallery), min(OTHERS, len(gallery)), replace=False)
+    return gallery.rows[np.sort(places)]
 
 
 def check_folders(folders: Sequence[str | Path]) -> None:

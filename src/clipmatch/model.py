@@ -345,6 +345,16 @@ class CLIPModel(nn.Module):
         """Pixels [b, 3, h, w] -> unit vectors [b, d], float32."""
         return self.project_image(self.image_encoder.features(pixel_values))
 
+    def encode_places(self, pixel_values: Tensor) -> Tensor:
+        """Pixels [b, 3, h, w] -> unit vectors [b, p, d] of the p places of each picture, float32."""
+        backbone = self.image_encoder.backbone
+        return self.project_places(last_hidden_state(backbone(pixel_values=pixel_values), backbone))
+
+    @property
+    def has_places(self) -> bool:
+        """Whether a place's own features are of the kind that the head knows: averages and maxima of places are."""
+        return "cls" not in self.image_encoder.pooling
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Ids and mask [b, t] -> unit vectors [b, d], float32."""
         return self.project_text(self.text_encoder.features(input_ids, attention_mask))
@@ -353,6 +363,14 @@ class CLIPModel(nn.Module):
         """Pooled image features [b, h] -> unit vectors [b, d], float32."""
         encoder = self.image_encoder
         return unit(self.image_projection(encoder.fc(self.feature_dropout(encoder.standardise(features)))))
+
+    def project_places(self, hidden: Tensor) -> Tensor:
+        """Hidden states [b, t, h] of an image backbone -> unit vectors [b, p, d] of its places, float32."""
+        encoder = self.image_encoder
+        places = hidden[:, leading_tokens(encoder.backbone) :]
+        parts = len(encoder.pooling.split("+"))  # average and maximum of a single place are the place itself
+        single = torch.cat([places] * parts, dim=-1).flatten(0, 1)  # [b * p, h]: as the head takes pooled features
+        return self.project_image(single).view(*places.shape[:2], -1)
 
     def project_text(self, features: Tensor) -> Tensor:
         """Pooled text features [b, h] -> unit vectors [b, d], float32."""

@@ -1,8 +1,9 @@
-"""What a person asks for -> terms: sentences and example pictures, each with its weight.
+"""What a person asks for -> terms: sentences, example pictures and taught concepts, each with its weight.
 
 In: the words of a command line, or a string. Out: a `Query`, and its terms' vectors. Knows nothing of indexes.
 
     "two dogs in the snow"          a sentence
+    "@rex on a beach"               a concept that was taught, and a sentence
     photo.jpg                       an example: photographs like this one
     "at night" photo.jpg            both at once
     "dog:2" "snow"                  weights; 1 if not given
@@ -11,8 +12,8 @@ In: the words of a command line, or a string. Out: a `Query`, and its terms' vec
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,29 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import is_image_name
 
 WEIGHT = re.compile(r"(?P<what>.*[^\s\d])\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
+NAME = re.compile(r"(?<!\S)@(?P<name>\w+(?:-\w+)*)")  # not the middle of an address
 
 
 @dataclass(frozen=True)
 class Term:
-    """A sentence, or a picture file that shows what is meant; weight > 0. row [d]: its unit vector, if it is known."""
+    """A sentence, a picture file that shows what is meant, or the name of a concept; weight > 0.
+
+    row [d]: its unit vector, if it is known; that of a concept is found by `Query.with_concepts`.
+    """
 
     text: str = ""
     image: Path | None = None
     weight: float = 1.0
     row: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    concept: str = ""
 
     def __str__(self) -> str:
-        return str(self.image) if self.image else self.text
+        return str(self.image) if self.image else f"@{self.concept}" if self.concept else self.text
+
+    @property
+    def kind(self) -> str:
+        """Of what kind its cosines are: "text", "image" or "concept"."""
+        return "image" if self.image else "concept" if self.concept else "text"
 
 
 @dataclass(frozen=True)
@@ -50,17 +61,31 @@ class Query:
     @property
     def text(self) -> str:
         """The sentences alone."""
-        return " ".join(term.text for term in self.terms if not term.image)
+        return " ".join(term.text for term in self.terms if term.kind == "text")
 
     @property
     def is_text(self) -> bool:
         """Whether every term is a sentence."""
-        return not any(term.image for term in self.terms)
+        return all(term.kind == "text" for term in self.terms)
 
     @property
     def is_mixed(self) -> bool:
-        """Whether there are sentences and examples."""
-        return len({term.image is None for term in self.terms}) > 1
+        """Whether there are terms of several kinds."""
+        return len({term.kind for term in self.terms}) > 1
+
+    @property
+    def concepts(self) -> list[str]:
+        """The names of the concepts whose directions are not known yet."""
+        return [term.concept for term in self.terms if term.concept and term.row is None]
+
+    def with_concepts(self, rows: Mapping[str, NDArray[np.float32]]) -> Query:
+        """The same with the directions [d] of its concepts, by name. Raises KeyError for one that is missing."""
+        return Query(
+            tuple(
+                replace(term, row=rows[term.concept]) if term.concept and term.row is None else term
+                for term in self.terms
+            )
+        )
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -69,15 +94,13 @@ class Query:
 
     def vectors(self, embedder: Embedder) -> NDArray[np.float32]:
         """Unit rows [t, d] of the terms. Raises ClipmatchError when an example can't be read."""
-        texts = [term.text for term in self.terms if not term.image]
+        texts = [term.text for term in self.terms if term.kind == "text"]
         images = [term.image for term in self.terms if term.image and term.row is None]
         found = embedder.embed_images(images, progress=False) if images else None
         if found and found.failures:
             raise ClipmatchError(f"The example {found.failures[0].path} can't be read: {found.failures[0].reason}.")
         rows = {"text": iter(embedder.embed_texts(texts) if texts else ()), "image": iter(found.rows if found else ())}
-        return np.stack(
-            [next(rows["image" if term.image else "text"]) if term.row is None else term.row for term in self.terms]
-        )
+        return np.stack([next(rows[term.kind]) if term.row is None else term.row for term in self.terms])
 
 
 def parse_query(parts: str | Path | Sequence[str | Path]) -> Query:
@@ -87,22 +110,34 @@ def parse_query(parts: str | Path | Sequence[str | Path]) -> Query:
     eye. Raises ClipmatchError when nothing is asked, or an example does not exist.
     """
     listed = [parts] if isinstance(parts, str | Path) else list(parts)
-    terms = [parse_term(part) for part in listed if isinstance(part, Path) or part.strip() not in ("", "+")]
+    asked = [part for part in listed if isinstance(part, Path) or part.strip() not in ("", "+")]
+    terms = [term for part in asked for term in parse_terms(part)]
     if not terms:
         raise ClipmatchError("The query is empty; type what the photograph shows.")
     return Query(tuple(terms))
 
 
-def parse_term(part: str | Path) -> Term:
-    """One string or path -> a term."""
+def parse_terms(part: str | Path) -> list[Term]:
+    """One string or path -> its term; of a sentence with concepts in it one for each, and one for the words."""
     if isinstance(part, Path):
-        return example(part, 1.0)
+        return [example(part, 1.0)]
     what, weight = part.strip(), 1.0
     if not is_picture(what) and (match := WEIGHT.fullmatch(what)):
         what, weight = match["what"].strip(), float(match["weight"])
         if not weight:
             raise ClipmatchError(f"The weight of {what!r} is 0; leave it out, or exclude it with --not.")
-    return example(Path(what), weight) if is_picture(what) else Term(what, None, weight)
+    if is_picture(what):
+        return [example(Path(what), weight)]
+    return terms_of(what, weight)
+
+
+def terms_of(sentence: str, weight: float = 1.0) -> list[Term]:
+    """A sentence, never taken for the name of a file -> a term for each "@name" in it, and one for the other words."""
+    concepts = [Term(concept=match["name"], weight=weight) for match in NAME.finditer(sentence)]
+    if not concepts:
+        return [Term(sentence, None, weight)]
+    words = " ".join(NAME.sub(" ", sentence).split()).strip(" ,;")
+    return concepts + [Term(words, None, weight)] * bool(re.search(r"\w", words))
 
 
 def example(path: Path, weight: float) -> Term:

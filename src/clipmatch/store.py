@@ -1,7 +1,8 @@
 """The truth of a photo index: one SQLite file with a row for each photograph and a vector for each content.
 
-In: photographs with their vectors; paths that are gone; a `Filter`. Out: photographs, their vectors, the words of their
-names and captions. Knows nothing of models, of folders on disk, or of ranking. Shapes: n photographs, d numbers a row.
+In: photographs with their vectors; paths that are gone; a `Filter`; concepts. Out: photographs, their vectors, the
+words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
+photographs, d numbers a row.
 
 SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
 belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
@@ -61,8 +63,15 @@ UPGRADES = (
         INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
     END;
     """,
+    """
+    CREATE TABLE concepts (
+        name TEXT PRIMARY KEY COLLATE NOCASE, model TEXT NOT NULL, row BLOB NOT NULL,
+        examples TEXT NOT NULL, others TEXT NOT NULL, precision REAL
+    ) WITHOUT ROWID;
+    """,
 )
 PATIENCE = 30  # seconds that a transaction waits for another process's
+MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
 def default_index() -> Path:
@@ -206,13 +215,14 @@ class Store:
             lock.release()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """One transaction: all of it is stored, or nothing. What is derived from the store is stale afterwards."""
+    def writing(self, photographs: bool = True) -> Iterator[None]:
+        """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._set("content", os.urandom(16).hex())
+                if photographs:
+                    self._set("content", os.urandom(16).hex())
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
@@ -365,6 +375,41 @@ class Store:
             raise KeyError(number)
         return photo_of(row)
 
+    def number(self, path: Path) -> int | None:
+        """The number of the photograph in a file; None if it is not in the index."""
+        row = next(self._read("SELECT id FROM photos WHERE path = ?", (os.fsencode(path),)), None)
+        return None if row is None else int(row[0])
+
+    def newest(self, where: Filter, most: int, skip: int = 0) -> list[int]:
+        """The numbers of photographs that pass, the newest first: by when they were taken, else by their files' age."""
+        conditions, values = [], []
+        for folder in where.folders:
+            place, found = below(folder)
+            conditions.append(place)
+            values += found
+        condition, found = where.sql()
+        place = f"({' OR '.join(conditions)})" if conditions else "1"
+        order = f"ORDER BY {MOMENT} DESC, id DESC LIMIT ? OFFSET ?"
+        question = f"SELECT id FROM photos WHERE {place} AND {condition} {order}"
+        return [number for (number,) in self._read(question, [*values, *found, most, skip])]
+
+    def tally(self) -> dict[str, Any]:
+        """How many photographs, bytes and captions there are, and how many of each year, camera and file format."""
+        photos, size, captions = next(self._read("SELECT count(*), total(size), count(caption) FROM photos"))
+        formats: dict[str, int] = {}
+        for (name,) in self._read("SELECT name FROM photos"):
+            form = Path(name).suffix.lower().removeprefix(".")
+            formats[form] = formats.get(form, 0) + 1
+        count = "SELECT {0}, count(*) FROM photos WHERE {0} IS NOT NULL GROUP BY 1 ORDER BY {1}"
+        return {
+            "photos": photos,
+            "bytes": int(size),
+            "captions": captions,
+            "years": list(self._read(count.format("substr(taken, 1, 4)", "1"))),
+            "cameras": list(self._read(count.format("camera", "2 DESC, 1"))),
+            "formats": sorted(formats.items(), key=lambda pair: -pair[1]),
+        }
+
     def numbers(self, where: Filter) -> NDArray[np.int64]:
         """The numbers of the photographs that pass, rising."""
         condition, values = where.sql()
@@ -406,6 +451,49 @@ class Store:
             (" OR ".join(f'"{word}"' for word in words), most),
         )
         return [number for (number,) in rows]
+
+    def rows_of(self, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
+        """The unit rows [d] of photographs, by their paths; of those that are there."""
+        model, found = self.model, {}
+        question = "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
+        for path in paths:
+            if row := next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None):
+                found[path] = np.frombuffer(row[0], "<f4")
+        return found
+
+    # Concepts
+
+    def concepts(self) -> dict[str, tuple[str, Concept]]:
+        """By name, in the order of names: the fingerprint of the model that each was taught to, and the concept."""
+        found = {}
+        for name, model, row, *files, precision in self._read(
+            "SELECT name, model, row, examples, others, precision FROM concepts ORDER BY name"
+        ):
+            examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
+            found[name] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
+        return found
+
+    def keep_concept(self, model: str, concept: Concept) -> None:
+        """Store a concept, in the place of one of that name."""
+        files = [json.dumps([str(path) for path in paths]) for paths in (concept.examples, concept.others)]
+        with self.writing(photographs=False):
+            self._db.execute(
+                "INSERT OR REPLACE INTO concepts VALUES (?, ?, ?, ?, ?, ?)",
+                (concept.name, model, concept.row.astype("<f4").tobytes(), *files, concept.precision),
+            )
+
+    def rename_concept(self, old: str, new: str) -> bool:
+        """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
+        taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
+        if taken and old.casefold() != new.casefold():
+            raise ClipmatchError(f"There is a concept @{taken[0]} already; remove it first, or choose another name.")
+        with self.writing(photographs=False):
+            return self._db.execute("UPDATE concepts SET name = ? WHERE name = ?", (new, old)).rowcount > 0
+
+    def forget_concept(self, name: str) -> bool:
+        """Remove a concept -> whether there was one."""
+        with self.writing(photographs=False):
+            return self._db.execute("DELETE FROM concepts WHERE name = ?", (name,)).rowcount > 0
 
     def failures(self) -> list[Failure]:
         """Files that could not be used."""

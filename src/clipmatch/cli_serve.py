@@ -1,0 +1,98 @@
+"""The command that serves an index in the browser. Parse, call, print.
+
+In: the words of the command line. Out: the address on stdout; then answers over HTTP until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import secrets
+import socket
+
+import click
+
+from clipmatch.cli_photos import index_option, model_option
+from clipmatch.errors import ClipmatchError
+from clipmatch.output import printable
+
+PORT = 8765
+INSTALL = 'The page needs a few packages more; install them with: pip install "clipmatch[serve]"'
+
+
+@click.command("serve")
+@index_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
+@click.option(
+    "--port", default=PORT, type=click.IntRange(0, 65535), show_default=True, help="0 takes any that is free."
+)
+@click.option(
+    "--token",
+    envvar="CLIPMATCH_TOKEN",
+    help="Answer only to those who know it; beyond this computer there is always one, drawn if not given.",
+)
+@click.option("--open", "open_page", is_flag=True, help="Open the page in your browser.")
+@model_option
+def serve_command(
+    index_file: str | None, host: str, port: int, token: str | None, open_page: bool, model: str | None
+) -> None:
+    """Search the index in your browser, until Ctrl-C.
+
+    Only this computer can see the page, unless --host says otherwise; whoever opens it from elsewhere needs the token
+    in the address that is printed. The same index can be kept up to date meanwhile: clipmatch index --watch
+    """
+    try:
+        import uvicorn
+
+        from clipmatch.server import make_app
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("clipmatch"):
+            raise
+        raise ClipmatchError(INSTALL) from error
+    if token is not None and not token.strip():
+        raise ClipmatchError("The token is empty; give one that is hard to guess, or none.")
+    if token is None and not is_loopback(host):
+        token = secrets.token_urlsafe(18)
+    with listen(host, port) as server:
+        app = make_app(index_file, model, token)
+        address = address_of(host, server.getsockname()[1], token)
+        click.echo(f"clipmatch is at {printable(address)}\nCtrl-C ends it.")
+        if open_page:
+            click.launch(address)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=3
+        )
+        with contextlib.suppress(KeyboardInterrupt):  # which is how it is meant to end
+            uvicorn.Server(config).run(sockets=[server])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this computer alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections. Raises ClipmatchError if the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ClipmatchError(
+                f"Port {port} is in use; name another with --port, or take any that is free with --port 0."
+            ) from error
+        raise ClipmatchError(
+            f"{printable(host)}, port {port}, can't be listened at ({error.strerror or error}); see --host and --port."
+        ) from error
+
+
+def address_of(host: str, port: int, token: str | None) -> str:
+    """What to type in a browser."""
+    from urllib.parse import quote
+
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")

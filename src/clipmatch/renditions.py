@@ -1,0 +1,96 @@
+"""Photographs -> the pictures that a page shows: small ones, and large ones in a format that browsers know.
+
+In: photographs of an index. Out: the bytes of pictures, upright and without EXIF data. Each is made when it is first
+asked for and kept in the cache folder by its content, so a moved file keeps its own. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from clipmatch.photo import Photo
+from clipmatch.preprocess import ImageError, load_image, plain_reason
+from clipmatch.runtime import cache_folder
+
+SHOWN = {  # formats that every browser shows, and turns upright -> their media types
+    ".avif": "image/avif",
+    ".bmp": "image/bmp",
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of picture: how large it may be, and how it is written."""
+
+    name: str
+    box: tuple[int, int]
+    form: str
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def media_type(self) -> str:
+        """What HTTP calls it."""
+        return f"image/{self.form}"
+
+
+THUMB = Kind("thumb", (960, 480), "webp", (("quality", 80), ("method", 2)))  # rows are up to 240 pixels high, or twice
+FULL = Kind("full", (4096, 4096), "jpeg", (("quality", 90),))
+
+
+def is_unchanged(photo: Photo) -> bool:
+    """Whether the file is the one that was indexed. Raises ImageError if it is gone or no file any more."""
+    try:
+        status = photo.path.stat()
+    except (OSError, ValueError) as error:
+        raise ImageError(photo.path, plain_reason(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(photo.path, "it is not a regular file")
+    return (status.st_size, status.st_mtime_ns) == (photo.stamp.size, photo.stamp.mtime)
+
+
+def render(photo: Photo, kind: Kind) -> tuple[bytes, bool]:
+    """A photograph -> the bytes of its picture, and whether they show what was indexed. Raises ImageError."""
+    same = is_unchanged(photo)
+    place = cache_folder() / "pictures" / photo.digest[:2] / f"{photo.digest}.{kind.name}.{kind.form}"
+    if same:
+        with contextlib.suppress(OSError):
+            return place.read_bytes(), True
+    data = draw(photo.path, kind)
+    if same:
+        with contextlib.suppress(OSError):  # a full disk, or one that can't be written: made again next time
+            keep(place, data)
+    return data, same
+
+
+def draw(path: Path, kind: Kind) -> bytes:
+    """A file -> the bytes of its picture, computed."""
+    image = load_image(path, min(kind.box))
+    image.thumbnail(kind.box)
+    buffer = BytesIO()
+    image.save(buffer, kind.form, **dict(kind.settings))
+    return buffer.getvalue()
+
+
+def keep(place: Path, data: bytes) -> None:
+    """Write a file as a whole, for another thread may be reading it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=place.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).replace(place)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,235 @@
+"""What goes over the wire between the server and its clients: questions and answers as JSON.
+
+In: photographs and matches of an index. Out: plain models, from which FastAPI makes the description at /openapi.json.
+Knows nothing of HTTP. A photograph's path is shown, never taken: clients name photographs by their numbers.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clipmatch.output import printable
+from clipmatch.photo import Photo
+from clipmatch.search import Match, Matches, Request
+from clipmatch.store import Filter, Store
+
+LONGEST = 1000  # characters of a query
+MANY = 500  # photographs that may be ticked or crossed
+Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # the number of a photograph
+
+
+class Strict(BaseModel):
+    """A question; a key that is not known is a typo, and the answer says so."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Where(Strict):
+    """Which photographs take part. before: itself left out. min_side: pixels. min_size: bytes. folder: as in status."""
+
+    after: date | None = None
+    before: date | None = None
+    camera: str | None = Field(default=None, max_length=LONGEST)
+    min_side: int | None = Field(default=None, ge=1)
+    min_size: int | None = Field(default=None, ge=1)
+    has_caption: bool = False
+    folder: str | None = Field(default=None, max_length=10 * LONGEST)
+
+    def filter(self, roots: list[Path]) -> Filter:
+        """The same for an index with these folders. Raises KeyError for a folder that is none of them."""
+        folders = {printable(root): root for root in roots}
+        return Filter(
+            folders=(folders[self.folder],) if self.folder else (),
+            after=datetime.combine(self.after, time()) if self.after else None,
+            before=datetime.combine(self.before, time()) if self.before else None,
+            camera=self.camera or None,
+            min_side=self.min_side,
+            min_size=self.min_size,
+            has_caption=self.has_caption,
+        )
+
+
+class Listing(Strict):
+    """Which photographs to list, and which page of them."""
+
+    where: Where = Where()
+    page: int = Field(default=1, ge=1, le=2000)
+    size: int = Field(default=60, ge=1, le=200)
+
+
+class Question(Listing):
+    """What to search for: a sentence, the number of a photograph that is alike, ticked and crossed ones; or several.
+
+    exclude: what must not be shown. min_confidence: is of use for sentences alone. hybrid: words of captions and file
+    names count too.
+    """
+
+    query: str = Field(default="", max_length=LONGEST)
+    like: Id | None = None
+    liked: list[Id] = Field(default=[], max_length=MANY)
+    disliked: list[Id] = Field(default=[], max_length=MANY)
+    exclude: list[str] = Field(default=[], max_length=20)
+    min_confidence: float | None = Field(default=None, ge=0, le=1)
+    hybrid: bool = False
+
+    def request(self, roots: list[Path], sentence: bool) -> Request:
+        """How to search for it. sentence: whether that is one and nothing else."""
+        return Request(
+            exclude=tuple(text.strip() for text in self.exclude if text.strip()),
+            where=self.where.filter(roots),
+            top_k=self.size,
+            page=self.page,
+            min_confidence=self.min_confidence if sentence else None,
+            hybrid=self.hybrid and sentence,
+        )
+
+
+class Lesson(Strict):
+    """A concept to learn: its name, with or without "@", and numbers of photographs that show it, or do not."""
+
+    name: str = Field(max_length=100)
+    liked: list[Id] = Field(min_length=1, max_length=MANY)
+    disliked: list[Id] = Field(default=[], max_length=MANY)
+
+
+class NewName(Strict):
+    """What a concept is to be called."""
+
+    name: str = Field(max_length=100)
+
+
+class WhyQuestion(Strict):
+    """The photograph that is to be explained, and the sentence."""
+
+    id: Id
+    query: str = Field(min_length=1, max_length=LONGEST)
+
+
+class PhotoRow(BaseModel):
+    """A photograph. size: bytes. width, height: pixels, upright. moment: when it was taken, or its file was written.
+
+    thumb, full: where its pictures are, seen from the page.
+    """
+
+    id: int
+    name: str
+    path: str
+    size: int
+    width: int
+    height: int
+    taken: datetime | None
+    moment: datetime
+    camera: str | None
+    caption: str | None
+    thumb: str
+    full: str
+
+
+class MatchRow(PhotoRow):
+    """A photograph that matches. duplicates: how many near-duplicates are stacked below it."""
+
+    score: float | None = None
+    confidence: float | None = None
+    duplicates: int = 0
+
+
+class Answer(BaseModel):
+    """A page of matches. best: the best one, if its confidence was too low to be listed. more: there may be a page."""
+
+    matches: list[MatchRow]
+    best: MatchRow | None
+    searched: int
+    vetoed: int
+    more: bool
+
+
+class Status(BaseModel):
+    """What is served."""
+
+    photos: int
+    model: str
+    calibrated: bool
+    folders: list[str]
+
+
+class ConceptRow(BaseModel):
+    """A concept that was taught. precision: by leaving out each example once. cover: a picture of an example."""
+
+    name: str
+    precision: float | None
+    examples: int
+    others: int
+    cover: str | None
+
+
+class Why(BaseModel):
+    """image: the photograph with the heat over it, as a data URL. words: what each adds to the score."""
+
+    image: str
+    words: list[tuple[str, float]]
+    score: float
+
+
+class Statistics(BaseModel):
+    """What the collection is made of; lists are pairs of a value and how many photographs have it."""
+
+    photos: int
+    bytes: int
+    captions: int
+    failed: int
+    years: list[tuple[str, int]]
+    cameras: list[tuple[str, int]]
+    formats: list[tuple[str, int]]
+
+
+def photo_values(number: int, photo: Photo) -> dict[str, Any]:
+    """The values of a `PhotoRow`. Stray bytes of names are shown escaped, for JSON can't hold them."""
+    data, version = photo.metadata, photo.digest[:16]
+    return {
+        "id": number,
+        "name": printable(photo.path.name),
+        "path": printable(photo.path),
+        "size": photo.stamp.size,
+        "width": max(data.width, 1),
+        "height": max(data.height, 1),
+        "taken": data.taken,
+        "moment": data.taken or datetime.fromtimestamp(photo.stamp.mtime / 1e9),
+        "camera": clean(data.camera),
+        "caption": clean(data.caption),
+        "thumb": f"api/photos/{number}/thumb?v={version}",
+        "full": f"api/photos/{number}/full?v={version}",
+    }
+
+
+def clean(text: str | None) -> str | None:
+    """Text that UTF-8 can hold."""
+    return text and text.encode("utf-8", "replace").decode()
+
+
+def photo_row(number: int, photo: Photo) -> PhotoRow:
+    """A photograph of the index."""
+    return PhotoRow(**photo_values(number, photo))
+
+
+def match_row(store: Store, match: Match) -> MatchRow | None:
+    """A match; None if its photograph has just left the index."""
+    number = store.number(match.path)
+    if number is None or match.photo is None:
+        return None
+    return MatchRow(
+        **photo_values(number, match.photo),
+        score=match.score,
+        confidence=match.confidence,
+        duplicates=len(match.duplicates),
+    )
+
+
+def answer_of(store: Store, matches: Matches, size: int) -> Answer:
+    """A page of matches, of which `size` were asked for."""
+    rows = [row for match in matches if (row := match_row(store, match))]
+    best = match_row(store, matches.best) if matches.best and not matches else None
+    return Answer(matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size)
