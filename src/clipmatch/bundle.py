@@ -35,7 +35,9 @@ def bundle(first: str, read: Callable[[str], str]) -> str:
         if name not in done:
             source, exports = translate(name, read(name), lambda other: add(other, (*above, name)))
             done[name] = f"$module{len(done)}"
-            parts.append(f"// {name}\nconst {done[name]} = await (async () => {{\n{source}\nreturn {exports};\n}})();\n")
+            parts.append(
+                f"// {name}\nconst {done[name]} = await (async () => {{\n{source}\nreturn {exports};\n}})();\n"
+            )
         return done[name]
 
     add(first, ())

