@@ -441,7 +441,8 @@ def test_thousands_of_photographs(visit, address):
             {
                 "id": number, "name": f"{number}.jpg", "path": f"/{number}.jpg", "size": 1, "height": 300,
                 "width": 300 + number % 7 * 60, "taken": None, "moment": "2024-05-01T12:00:00", "camera": None,
-                "caption": None, "thumb": "dot.gif", "full": "dot.gif", "score": None, "confidence": None, "duplicates": 0,
+                "caption": None, "thumb": "dot.gif", "full": "dot.gif", "score": None, "confidence": None,
+                "duplicates": 0,
             }
             for number in range(first, first + 2000)
         ]  # fmt: skip

@@ -83,6 +83,8 @@ def main() -> None:
     Keep up with a whole collection, and ask it more:
         clipmatch index ~/Pictures
         clipmatch find "a dog on a beach" --not person --after 2023
+    See it in your browser:
+        clipmatch serve --open
     Teach it what only you know, and see why a photograph matches:
         clipmatch teach @rex rex1.jpg rex2.jpg
         clipmatch explain "a dog on a beach" photo.jpg -o why.png
