@@ -22,6 +22,7 @@ COMMANDS = (
     "find",
     "duplicates",
     "serve",
+    "export-gallery",
     "teach",
     "concepts",
     "explain",

@@ -516,7 +516,10 @@ def test_the_page_searches_when_it_is_opened_as_a_file(folder, browser, index):
     best = index.find("a cup of coffee", top_k=1)[0].path.name
     expect(first).to_have_attribute("aria-label", re.compile(best))
     expect(first.locator(".sure")).to_have_count(1)
-    expect(page.locator("#filter")).to_be_visible()
+    page.locator("#filter").click()
+    expect(page.locator("#filters")).to_contain_text("Has a caption")
+    expect(page.locator("#filters")).not_to_contain_text("Camera")  # which is not in a gallery
+    page.keyboard.press("Escape")
     expect(page.locator("#pick")).to_be_hidden()
     if place := os.environ.get("CLIPMATCH_SCREENSHOTS"):
         page.wait_for_timeout(400)
