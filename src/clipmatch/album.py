@@ -169,7 +169,8 @@ def export_gallery(
             write_data(draft, name, script)
         write_page(draft)
         write_papers(draft, len(drawn), runtime, about.get("licence"))
-    return Exported(target, len(drawn), sum(path.stat().st_size for path in target.rglob("*")), failures)
+    size_of_all = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Exported(target, len(drawn), size_of_all, failures)
 
 
 # Where
