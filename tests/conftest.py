@@ -142,3 +142,19 @@ def album(embedded, tmp_path_factory):
     from album import make_album
 
     return make_album(tmp_path_factory.mktemp("album"), embedded)
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """The folder with the JavaScript libraries of an exported gallery, fetched once; skips where npm can't fetch."""
+    from clipmatch.album import RUNTIME, WORDS
+    from clipmatch.errors import ClipmatchError
+    from clipmatch.npm import fetch
+
+    folder = tmp_path_factory.mktemp("npm")
+    for package in (RUNTIME, WORDS):
+        try:
+            (folder / package.archive).write_bytes(fetch(package))
+        except ClipmatchError as error:
+            pytest.skip(str(error))
+    return folder

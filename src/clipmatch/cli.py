@@ -22,6 +22,7 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "find": ("cli_photos", "find_command"),
     "duplicates": ("cli_photos", "duplicates_command"),
     "serve": ("cli_serve", "serve_command"),
+    "export-gallery": ("cli_gallery", "export_gallery_command"),
     "teach": ("cli_concepts", "teach_command"),
     "concepts": ("cli_concepts", "concepts_group"),
     "explain": ("cli_concepts", "explain_command"),
@@ -84,6 +85,8 @@ def main() -> None:
         clipmatch find "a dog on a beach" --not person --after 2023
     See it in your browser:
         clipmatch serve --open
+    Give it away, as a folder that is searched in a browser without any server:
+        clipmatch export-gallery holiday --after 2026-07
     Teach it what only you know, and see why a photograph matches:
         clipmatch teach @rex rex1.jpg rex2.jpg
         clipmatch explain "a dog on a beach" photo.jpg -o why.png

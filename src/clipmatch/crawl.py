@@ -18,6 +18,8 @@ from clipmatch.imageformats import SUFFIXES, is_image_name
 from clipmatch.metadata import sidecar_stamp
 from clipmatch.photo import Stamp
 
+GALLERY = "clipmatch-gallery.json"  # in a folder that export-gallery has made
+
 
 @dataclass(frozen=True)
 class Found:
@@ -46,7 +48,7 @@ def walk(folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = F
 
     Hidden files and folders are left out, and those whose name, or path below `folder`, fits a pattern of `exclude`
     (as in a shell: "*.gif", "Trash", "2019/raw"). A link to a folder is entered only with `follow_links`, and no folder
-    twice. Raises ClipmatchError when the folder does not exist.
+    twice, and no gallery that clipmatch has exported. Raises ClipmatchError when the folder does not exist.
     """
     root = Path(folder).expanduser().absolute()
     try:
@@ -67,6 +69,8 @@ def walk(folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = F
             yield Failure(place, error.strerror or "can't be read")
             continue
         names = {entry.name for entry in inside}
+        if GALLERY in names and place != root:
+            continue  # copies, made by clipmatch export-gallery
         below = []
         for entry in inside:
             if entry.name.startswith(".") or left_out(entry, root, exclude):

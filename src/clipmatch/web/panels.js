@@ -45,7 +45,7 @@ export function fillFilters(panel, asked, features, known, change) {
     const camera = el("input", { type: "text", list: "cameras", value: where.camera ?? "", maxlength: 200, placeholder: "any", onchange: () => put("camera", camera.value.trim()) });
     parts.push(
       el("div", { class: "pair" }, date("Taken from", where.after ?? "", (value) => put("after", value)), date("to", shifted(where.before, -1), (value) => put("before", shifted(value, 1)))),
-      el("label", {}, el("span", { text: "Camera" }), camera, cameras),
+      ...(features.camera === false ? [] : [el("label", {}, el("span", { text: "Camera" }), camera, cameras)]),
       el("div", { class: "pair" }, choice("Shorter side, at least", SIDES, where.minSide, (value) => put("minSide", Number(value))), choice("File, at least", SIZES, where.minSize, (value) => put("minSize", Number(value)))),
     );
     if (known.folders.length > 1) {
