@@ -121,11 +121,12 @@ def test_the_sample_search_is_real(demo):
     assert lines[-1] == shown[-1]  # where the page is
 
 
-def test_the_sample_session_is_real(tmp_path):
+def test_the_sample_sessions_are_real(tmp_path):
     """Command by command: the same lines, with the same photographs first; processors round differently."""
     shutil.copytree(sample_photographs()[0].parent, tmp_path / "Pictures")
-    parts = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", blocks("console")[1], re.MULTILINE)
-    assert len(parts) == 5
+    session = "".join(blocks("console")[1:])
+    parts = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", session, re.MULTILINE)
+    assert len(parts) == 8
     for command, shown in parts:
         done = run(shlex.split(command), tmp_path)
         printed = done.stdout.replace(str(tmp_path), "/home/you")
@@ -133,8 +134,11 @@ def test_the_sample_session_is_real(tmp_path):
         assert len(printed.splitlines()) == len(shown.splitlines())
         if "--not" in command:
             assert "left out for what they show" in done.stderr
-        if command.startswith("clipmatch find"):
+        if command.startswith(("clipmatch find", "clipmatch explain")):
             scores = [[float(score) for score in re.findall(r"\d\.\d+", part)] for part in (printed, shown)]
             assert scores[0] == pytest.approx(scores[1], abs=0.05)
+        if command.startswith("clipmatch find"):
             printed, shown = (re.findall(r"^ +1 .* (/.*)$", part, re.MULTILINE) for part in (printed, shown))
+        if command.startswith("clipmatch explain"):
+            printed, shown = (re.findall(r"^([a-z]+) +\+", part, re.MULTILINE) for part in (printed, shown))
         assert printed == shown

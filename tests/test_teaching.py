@@ -61,7 +61,7 @@ def test_without_examples_the_query_stays():
 def test_precision_of_what_can_and_what_cannot_be_learnt():
     none, rest = np.empty((0, 8), np.float32), cloud(1, 60, 2)
     assert leave_one_out(cloud(0, 6, 1), none, rest) == 1.0
-    assert leave_one_out(cloud(1, 6, 5), none, rest) < 0.8  # no different from the rest: by chance a half
+    assert leave_one_out(cloud(1, 20, 5), none, rest) < 0.75  # no different from the rest: by chance a half
     assert leave_one_out(cloud(0, 1, 1), none, rest) is None
 
 

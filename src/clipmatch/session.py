@@ -21,7 +21,7 @@ class Opening(Thread):
     """A session on its way."""
 
     def __init__(self, path: Path):
-        super().__init__(daemon=True)
+        super().__init__()  # no daemon: a process that ends while ONNX Runtime is at work would be aborted
         self.path = path
         self.session: InferenceSession | None = None
         self.error: Exception | None = None

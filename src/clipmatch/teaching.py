@@ -34,8 +34,8 @@ class Concept:
     """What "@name" means in a query.
 
     row [d]: its direction, a unit vector. examples, others: the files that showed it, and those that did not.
-    precision: each example judged by what was learnt without it, and as many other photographs: of those that are
-    taken for the concept, the share that are examples. Others that show it too count as wrong. None for one example.
+    precision: the average precision of the examples, each judged by what was learnt without it, among as many other
+    photographs. Others that show the concept too count as wrong. None for a single example.
     """
 
     name: str
@@ -55,7 +55,15 @@ def learn(
 
     query: the row [d] that a direction without examples would have.
     """
-    weights, _ = decide(liked, disliked, rest, query)
+    rest = rest[~copies(rest, np.concatenate([liked, disliked]))]
+    prior = np.zeros(rest.shape[1])
+    if query is not None:
+        spread = float((rest @ query).std()) if len(rest) else 0.0
+        prior += TRUST / max(spread, LITTLE) * query
+    weights = fit(liked, disliked, rest, prior)
+    if len(liked):
+        doubtful = rest @ weights > np.median(liked @ weights)
+        weights = fit(liked, disliked, rest[~doubtful], prior)
     return (weights / max(float(np.linalg.norm(weights)), 1e-9)).astype(np.float32)
 
 
@@ -67,15 +75,17 @@ def leave_one_out(liked: NDArray[np.float32], disliked: NDArray[np.float32], res
     if len(liked) < 2:
         return None
     groups = (liked, disliked, rest[~copies(rest, np.concatenate([liked, disliked]))])
-    taken = [np.empty(len(group), bool) for group in groups]  # for the concept
+    scores = [np.empty(len(group)) for group in groups]
     folds = min(FOLDS, len(liked))
     for fold in range(folds):
         held = [np.arange(len(group)) % folds == fold for group in groups]
-        weights, constant = decide(*(group[~out] for group, out in zip(groups, held, strict=True)))
-        for values, group, out in zip(taken, groups, held, strict=True):
-            values[out] = group[out] @ weights + constant > 0
-    right, wrong = taken[0].mean(), np.concatenate(taken[1:]).mean()
-    return float(right / max(right + wrong, 1e-9))
+        row = learn(*(group[~out] for group, out in zip(groups, held, strict=True)))
+        for values, group, out in zip(scores, groups, held, strict=True):
+            values[out] = group[out] @ row
+    right, wrong = scores[0], np.concatenate(scores[1:])
+    found = np.array([np.mean(right >= score) for score in right])
+    mistaken = np.array([np.count_nonzero(wrong >= score) for score in right]) / max(len(wrong), 1)
+    return float(np.mean(found / (found + mistaken)))
 
 
 def copies(rows: NDArray[np.float32], of: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -84,29 +94,8 @@ def copies(rows: NDArray[np.float32], of: NDArray[np.float32]) -> NDArray[np.boo
     return alike
 
 
-def decide(
-    liked: NDArray[np.float32],
-    disliked: NDArray[np.float32],
-    rest: NDArray[np.float32],
-    query: NDArray[np.float32] | None = None,
-) -> tuple[Floats, float]:
-    """Weights [d] and a constant: a photograph is taken for the concept where they add up to more than 0."""
-    rest = rest[~copies(rest, np.concatenate([liked, disliked]))]
-    prior = np.zeros(rest.shape[1])
-    if query is not None:
-        spread = float((rest @ query).std()) if len(rest) else 0.0
-        prior += TRUST / max(spread, LITTLE) * query
-    weights, constant = fit(liked, disliked, rest, prior)
-    if len(liked):
-        doubtful = rest @ weights > np.median(liked @ weights)
-        weights, constant = fit(liked, disliked, rest[~doubtful], prior)
-    return weights, constant
-
-
-def fit(
-    liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32], prior: Floats
-) -> tuple[Floats, float]:
-    """Weights [d] and the constant of a logistic regression, by Newton's method.
+def fit(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray[np.float32], prior: Floats) -> Floats:
+    """Weights [d] of a logistic regression with a constant, by Newton's method.
 
     Examples weigh as much as all that is not meant; of that, counter-examples as much as the rest.
     """
@@ -137,7 +126,7 @@ def fit(
         if now - new < 1e-9:
             break
         weights, now = weights - size * step, new
-    return weights[:-1], float(weights[-1])
+    return weights[:-1]
 
 
 def concept_name(name: str) -> str:
