@@ -8,6 +8,8 @@ A logistic regression whose weights are held near a prior: zero for a concept, a
 crosses refine a query, so that without any tick the order stays the query's. The other photographs stand for all that
 is not meant. Some of them may show the concept all the same, so those that come before most examples are left out of a
 second fit.
+
+web/ranking.js does the same for galleries that are given away; a test compares the two.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 // Rows: {codes: Int8Array [n * d], scales: Float32Array [n], dim: d}; a row is its codes times its scale. A place is a
 // row's number. Queries are unit vectors, Float32Array [d].
 
-const STIFFNESS = 0.003; // how strongly the weights of a refined query are held near the query's own
-const TRUST = 20; // length of the prior that a query gives
+const STIFFNESS = 0.1; // how strongly the weights of a refined query are held near the query's own
+const TRUST = 0.7; // spread, over the other photographs, of what the query adds up to
+const LITTLE = 0.02; // spread of cosines in a collection of photographs that are all alike
 const OTHERS = 1000; // photographs that stand for all of a collection
 const COPY = 0.98; // cosine from which on another photograph is taken for a copy of an example
 const STEPS = 60; // of Newton's method, each solved roughly
@@ -58,11 +59,21 @@ export function blend(rows, terms, places) {
   const scores = new Float64Array(places.length);
   for (const { row, weight } of terms) {
     const found = cosines(rows, row, places);
-    const mean = found.reduce((all, value) => all + value, 0) / found.length;
-    const spread = Math.sqrt(found.reduce((all, value) => all + (value - mean) ** 2, 0) / found.length);
+    const mean = meanOf(found);
+    const spread = spreadOf(found);
     found.forEach((value, at) => { scores[at] += ((value - mean) / Math.max(spread, 1e-6)) * (weight / whole); });
   }
   return scores;
+}
+
+function meanOf(values) {
+  return values.reduce((all, value) => all + value, 0) / values.length;
+}
+
+/** The standard deviation. */
+function spreadOf(values) {
+  const mean = meanOf(values);
+  return Math.sqrt(values.reduce((all, value) => all + (value - mean) ** 2, 0) / values.length);
 }
 
 /** The probability of each photograph to be the one that is meant, Float64Array [m]: `Calibration.probabilities`.
@@ -146,7 +157,8 @@ export function learn(rows, liked, disliked, query) {
   for (let at = 0; at < count; at += step) drawn.push(Math.floor(at)); // evenly, so that it is the same each time
   const rest = drawn.filter((place) => !marked.some((other) => cosine(rows, place, other) >= COPY));
   const [good, bad, others] = [liked, disliked, rest].map((places) => places.map((place) => rowAt(rows, place)));
-  const prior = query ? Float64Array.from(query, (value) => TRUST * value) : new Float64Array(rows.dim);
+  const length = query ? TRUST / Math.max(others.length ? spreadOf(others.map((row) => dot(row, query))) : 0, LITTLE) : 0;
+  const prior = Float64Array.from({ length: rows.dim }, (_, at) => (query ? length * query[at] : 0));
   let weights = fit(good, bad, others, prior);
   if (good.length) {
     const usual = median(good.map((row) => dot(weights, row)));
