@@ -147,7 +147,8 @@ def export_gallery(
             )
         good = np.array(drawn)
         names = [shown_path(photos[place].path, places) for place in drawn]
-        about = read_config(model)["about"]
+        config = read_config(model)
+        about = config["about"]
         values = {
             "photos": photo_columns([photos[place] for place in drawn], names, drawn, full)
             | {"model": str(about.get("name") or ""), "calibrated": index.calibration is not None},
@@ -158,7 +159,7 @@ def export_gallery(
                 "near": {"cosine": COSINE, "bits": BITS},
                 "background": None if gallery.background is None else as_text(gallery.background[good]),
                 "calibration": index.calibration and calibration_part(index.calibration),
-                "longest": read_config(model)["model"]["max_length"],
+                "longest": config["model"]["max_length"],
             },
             "model": as_text(np.fromfile(model / TEXT_GRAPH, np.uint8)),
             "tokenizer": json.loads((model / TOKENIZER).read_text(encoding="utf-8")),

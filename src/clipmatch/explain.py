@@ -12,7 +12,7 @@ and Fergus, ECCV 2014). Which words: the query is asked once without each, and t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,32 +116,38 @@ def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) ->
         picture = load_image(path, embedder.preprocess.size)
     except ImageError as error:
         raise ClipmatchError(str(error)) from error
-    row = sum_of_terms(asked, asked.vectors(embedder))
+    rows = asked.vectors(embedder)  # [t, d]
+    row = sum_of_terms(asked, rows)
     pixels = embedder.transform.pixels(picture)
     whole = embedder.encode_pixels(pixels[None])[0]
     places = embedder.encode_places(pixels[None])
     heat = covered(embedder, pixels, row) if places is None else heat_of(embedder, places[0], row)
-    return Explanation(
-        path, str(asked), float(whole @ row), parts_of(embedder, asked, whole), heat, shown_part(embedder, picture.size)
-    )
+    score, words = float(whole @ row), parts_of(embedder, asked, rows, whole)
+    return Explanation(path, str(asked), score, words, heat, shown_part(embedder, picture.size))
 
 
-def parts_of(embedder: BatchedEmbedder, query: Query, picture: NDArray[np.float32]) -> tuple[tuple[str, float], ...]:
+def parts_of(
+    embedder: BatchedEmbedder, query: Query, rows: NDArray[np.float32], picture: NDArray[np.float32]
+) -> tuple[tuple[str, float], ...]:
     """Each word of a query's sentences, with what it adds to the cosine with a picture's row [d]; an only word adds
-    all of it.
+    all of it. rows [t, d]: of the query's terms.
     """
     words = [(number, word) for number, term in enumerate(query.terms) for word in term.text.split()]
-    shorter = []
-    for at, (number, _) in enumerate(words):
-        left = " ".join(word for other, (owner, word) in enumerate(words) if owner == number and other != at)
-        terms = list(query.terms)
-        terms[number : number + 1] = [replace(terms[number], text=left)] if left else []
-        shorter.append(Query(tuple(terms)))
-    whole = float(picture @ sum_of_terms(query, query.vectors(embedder)))
-    return tuple(
-        (word, whole - (float(picture @ sum_of_terms(less, less.vectors(embedder))) if less.terms else 0.0))
-        for (_, word), less in zip(words, shorter, strict=True)
-    )
+    lefts = [
+        " ".join(word for other, (owner, word) in enumerate(words) if owner == number and other != at)
+        for at, (number, _) in enumerate(words)
+    ]
+    made = iter(embedder.embed_texts([left for left in lefts if left]))
+    whole = float(picture @ sum_of_terms(query, rows))
+    found = []
+    for (number, word), left in zip(words, lefts, strict=True):
+        less, kept = query, rows.copy()
+        if left:
+            kept[number] = next(made)
+        else:
+            less, kept = Query(query.terms[:number] + query.terms[number + 1 :]), np.delete(rows, number, axis=0)
+        found.append((word, whole - (float(picture @ sum_of_terms(less, kept)) if less.terms else 0.0)))
+    return tuple(found)
 
 
 def heat_of(embedder: BatchedEmbedder, places: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:

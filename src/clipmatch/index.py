@@ -24,11 +24,11 @@ from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.photo import Photo
-from clipmatch.query import Query, Term, parse_query
+from clipmatch.query import Query, Term, concept_name, parse_query
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.store import Filter, ModelName, Root, Store, check_model, default_index
-from clipmatch.teaching import OTHERS, Concept, concept_name, learn, leave_one_out
+from clipmatch.teaching import OTHERS, Concept, learn, leave_one_out
 from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
 
 if TYPE_CHECKING:

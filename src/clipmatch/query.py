@@ -140,6 +140,14 @@ def terms_of(sentence: str, weight: float = 1.0) -> list[Term]:
     return concepts + [Term(words, None, weight)] * bool(re.search(r"\w", words))
 
 
+def concept_name(name: str) -> str:
+    """A concept's name without its "@". Raises ClipmatchError for what could not stand in a query."""
+    plain = name.strip().removeprefix("@")
+    if not NAME.fullmatch(f"@{plain}"):
+        raise ClipmatchError(f"The name {name!r} can't be a concept's; use letters, digits, - and _, such as @rex.")
+    return plain
+
+
 def example(path: Path, weight: float) -> Term:
     """A picture file as a term."""
     path = path.expanduser()

@@ -129,14 +129,3 @@ def fit(liked: NDArray[np.float32], disliked: NDArray[np.float32], rest: NDArray
             break
         weights, now = weights - size * step, new
     return weights[:-1]
-
-
-def concept_name(name: str) -> str:
-    """A concept's name without its "@". Raises ClipmatchError for what could not stand in a query."""
-    from clipmatch.errors import ClipmatchError
-    from clipmatch.query import NAME
-
-    plain = name.strip().removeprefix("@")
-    if not NAME.fullmatch(f"@{plain}"):
-        raise ClipmatchError(f"The name {name!r} can't be a concept's; use letters, digits, - and _, such as @rex.")
-    return plain
