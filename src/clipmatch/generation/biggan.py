@@ -63,7 +63,7 @@ class BigGANConfig:
 
     @property
     def condition(self) -> int:
-        """v."""
+        """Width v of a condition."""
         return self.z_dim + self.class_embed_dim
 
 
@@ -204,7 +204,7 @@ class BigGAN(nn.Module):
         self.generator = Generator(config)
 
     def forward(self, noise: Tensor, classes: Tensor, truncation: float) -> Tensor:
-        """truncation in 0..1: which statistics the batch norms take; the noise is to be scaled by it already."""
+        """Paint. truncation in 0..1: whose statistics the batch norms take; noise is to be scaled by it before."""
         conditions = torch.cat([noise, self.embeddings(classes)], dim=-1)  # [b, l, v]
         pictures: Tensor = self.generator(conditions, truncation)
         return pictures
@@ -223,7 +223,15 @@ def load_biggan(folder: Path) -> BigGAN:
         with torch.device("meta"):  # nothing is drawn that the weights replace at once
             model = BigGAN(config)
         model.load_state_dict(folded(read_weights(folder)), assign=True)
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ClipmatchError(
             f"The folder {folder} holds no BigGAN-deep that can be read ({reason_of(error)}); copy it again, with "
             f"{CONFIG} and {WEIGHTS} or {PICKLED}."

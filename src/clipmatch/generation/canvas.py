@@ -109,7 +109,7 @@ class VQCanvas:
 
     def paint(self, latents: list[Tensor]) -> Tensor:
         """[n, c, y, y] -> pictures [n, 3, h, h]."""
-        pictures = self.model.decode(latents[0]).sample / 2 + 0.5
+        pictures: Tensor = self.model.decode(latents[0]).sample / 2 + 0.5
         return pictures + (pictures.clamp(0, 1) - pictures).detach()  # or what is too bright would stay so
 
     def settle(self, latents: list[Tensor]) -> None:

@@ -14,15 +14,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clipmatch.embedder import TorchEmbedder
+from clipmatch.embedder import Embedder, TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.cutouts import cutouts
 from clipmatch.generation.prompts import Prompt
 from clipmatch.model import unit
-from clipmatch.modelfolder import CONFIG, EMBEDDED, EMBEDDED_NAME, WEIGHTS, find_folder, find_local, hub_config
-from clipmatch.modelfolder import is_hub_name, kind_of
+from clipmatch.modelfolder import (
+    CONFIG,
+    EMBEDDED,
+    EMBEDDED_NAME,
+    WEIGHTS,
+    find_folder,
+    find_local,
+    hub_config,
+    is_hub_name,
+    kind_of,
+)
 from clipmatch.pretrained import PretrainedEmbedder, load_pretrained
 
 JUDGED = 16  # views that a score is the mean over
@@ -63,15 +73,8 @@ class Guide:
 
     def targets(self, prompts: tuple[Prompt, ...]) -> Targets:
         """Prompts -> what a picture should resemble. Raises ClipmatchError when a picture can't be read."""
-        texts = [prompt.text for prompt in prompts if prompt.image is None]
-        images = [prompt.image for prompt in prompts if prompt.image is not None]
-        found = self.embedder.embed_images(images, progress=False)
-        if found.failures:
-            raise ClipmatchError(f"The picture {found.failures[0].path} can't be read: {found.failures[0].reason}.")
-        of_text, of_image = iter(self.embedder.embed_texts(texts)), iter(found.rows)
-        rows = np.stack([next(of_text if prompt.image is None else of_image) for prompt in prompts])
-        weights = torch.tensor([prompt.weight for prompt in prompts])
-        return Targets(torch.from_numpy(rows).to(self.device), (weights / weights.abs().sum()).to(self.device))
+        rows, weights = rows_of(self.embedder, prompts)
+        return Targets(*(torch.from_numpy(values).to(self.device) for values in (rows, weights)))
 
     def loss(
         self, pictures: Tensor, targets: Targets, generator: torch.Generator, count: int = 16, flip: bool = True
@@ -81,7 +84,7 @@ class Guide:
         flip: whether views are mirrored too.
         """
         losses = []
-        for picture in pictures.split(1):
+        for picture in pictures[:, None]:  # [1, 3, h, h]
             rows = self.encode(cutouts(picture, count, self.size, generator, flip))  # [k, d]
             losses.append((spherical_distance(rows, targets.rows).mean(dim=0) * targets.weights).sum())
         return torch.stack(losses).sum()
@@ -93,12 +96,28 @@ class Guide:
         The mean over the whole picture and views of it, the same for all; none is mirrored.
         """
         scores = []
-        for picture in pictures.split(1):
+        for picture in pictures[:, None]:  # [1, 3, h, h]
             generator = torch.Generator().manual_seed(JUDGE_SEED)
             views = cutouts(picture, JUDGED, self.size, generator, flip=False)
             rows = torch.cat([self.encode(picture), self.encode(views)])  # [1 + k, d]
             scores.append((rows @ targets.rows.T).mean(dim=0) @ targets.weights)
         return torch.stack(scores)
+
+
+def rows_of(embedder: Embedder, prompts: tuple[Prompt, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Prompts -> unit rows [t, d], and weights [t] that add up to 1 without their signs.
+
+    Raises ClipmatchError when a picture can't be read.
+    """
+    texts = [prompt.text for prompt in prompts if prompt.image is None]
+    images = [prompt.image for prompt in prompts if prompt.image is not None]
+    found = embedder.embed_images(images, progress=False)
+    if found.failures:
+        raise ClipmatchError(f"The picture {found.failures[0].path} can't be read: {found.failures[0].reason}.")
+    of_text, of_image = iter(embedder.embed_texts(texts)), iter(found.rows)
+    rows = np.stack([next(of_text if prompt.image is None else of_image) for prompt in prompts])
+    weights = np.array([prompt.weight for prompt in prompts], np.float32)
+    return rows, weights / np.abs(weights).sum()
 
 
 def spherical_distance(rows: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +126,8 @@ def spherical_distance(rows: Tensor, targets: Tensor) -> Tensor:
     Unlike the cosine it pulls harder the further away a picture is.
     """
     half_chord = (rows[:, None] - targets[None]).norm(dim=-1) / 2  # [b, t]
-    return half_chord.clamp(max=1 - 1e-6).asin().square() * 2  # at 1 the slope is infinite
+    distances: Tensor = half_chord.clamp(max=1 - 1e-6).asin().square() * 2  # at 1 the slope is infinite
+    return distances
 
 
 def load_guide(name: str | Path, device: str | None = None) -> Guide:

@@ -58,13 +58,13 @@ class Painting:
 
 
 def start(canvas: Canvas, guide: Guide, targets: Targets, n: int, size: int, seed: int) -> list[Tensor]:
-    """Latents, each [n, ...], for random pictures: for each, the one of the canvas's tries that the guide likes best."""
+    """Latents, each [n, ...], for random pictures: for each the one that the guide likes best of the canvas's tries."""
     chosen = []
     for number in range(n):
         latents = canvas.start(canvas.tries, size, seed + number)
         if canvas.tries > 1:
             with torch.no_grad():
-                parts = zip(*(latent.split(1) for latent in latents), strict=True)
+                parts = zip(*(latent[:, None] for latent in latents), strict=True)
                 scores = [float(guide.score(canvas.paint(list(part)), targets)) for part in parts]
             best = scores.index(max(scores))
             latents = [latent[best : best + 1] for latent in latents]
@@ -136,7 +136,7 @@ class Best:
 @torch.no_grad()
 def paint(canvas: Canvas, latents: list[Tensor]) -> Tensor:
     """Latents, each [n, ...] -> pictures [n, 3, h, h] on the CPU, painted one after another."""
-    parts = zip(*(latent.split(1) for latent in latents), strict=True)
+    parts = zip(*(latent[:, None] for latent in latents), strict=True)
     return torch.cat([canvas.paint(list(part)).cpu() for part in parts])
 
 

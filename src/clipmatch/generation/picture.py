@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +66,12 @@ class Film:
             frame = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [n, h, w, 3]
             self.frames.append(frame.numpy())
 
-    def save(self, number: int) -> None:
-        """Write the frames of that picture. Raises ClipmatchError if the file can't be written."""
-        frames = [frame[number] for frame in self.frames]
+    def save(self, number: int, last: Tensor) -> None:
+        """Write the frames of the picture of that number, and what became of it [3, h, w] as the last one.
+
+        Raises ClipmatchError if the file can't be written.
+        """
+        frames = [*(frame[number] for frame in self.frames), np.asarray(to_image(last))]
         rate = len(frames) / SECONDS  # frames a second
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +94,11 @@ def save_mp4(path: Path, frames: list[NDArray[np.uint8]], rate: float) -> None:
     """Frames [h, w, 3], so many a second -> a film in H.264, as every browser shows it."""
     import imageio.v2 as imageio
 
-    # players want even sides; a frame with an odd one is scaled by ffmpeg
-    with imageio.get_writer(path, fps=rate, codec="libx264", macro_block_size=2) as writer:
-        for frame in frames:
-            writer.append_data(frame)
+    writer: Any = imageio.get_writer(path, fps=rate, codec="libx264", macro_block_size=1)
+    height, width, _ = frames[0].shape
+    with writer:
+        for frame in frames:  # players want even sides
+            writer.append_data(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge"))
 
 
 def unwritable(path: Path, error: OSError) -> ClipmatchError:
