@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.generation.vqgan import pixels_per_code
 
 if TYPE_CHECKING:
     from diffusers import VQModel
@@ -74,7 +75,7 @@ class VQCanvas:
         self.model = model.to(device or torch.device("cpu")).eval().requires_grad_(False)
         self.fingerprint, self.device = fingerprint, self.model.device
         self.codes = self.model.quantize.embedding.weight  # [k, c]
-        self.factor: int = 2 ** (len(self.model.config.block_out_channels) - 1)  # pixels a code, along a side
+        self.factor = pixels_per_code(model)  # along a side
         self.side = int(self.model.config.sample_size)
         self.rates = [RATE * float(self.codes.std())]
         self.lowest, self.highest = (bound[None, :, None, None] for bound in self.codes.aminmax(dim=0))  # [1, c, 1, 1]

@@ -55,10 +55,11 @@ class Guide:
     def __init__(self, embedder: TorchEmbedder | PretrainedEmbedder):
         self.embedder = embedder
         embedder.model.requires_grad_(False)
-        self.size, self.fingerprint, self.device = embedder.preprocess.size, embedder.fingerprint, embedder.device
+        self.fingerprint, self.device = embedder.fingerprint, embedder.device
+        seen = embedder.transform.config
+        self.size = seen.size
         self.mean, self.std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (embedder.preprocess.mean, embedder.preprocess.std)
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (seen.mean, seen.std)
         )
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from clipmatch.generation.guide import Guide, Targets, load_guide, rows_of
 from clipmatch.generation.optimise import GuidanceConfig, Progress, optimise, start
 from clipmatch.generation.picture import to_image
 from clipmatch.generation.prompts import Prompt, parse_prompts
+from clipmatch.generation.vqgan import load_vqgan, vqgan_fingerprint
 from clipmatch.hub import hub_error, offline
-from clipmatch.modelfolder import CONFIG, fingerprint_of, hub_config, is_hub_name
+from clipmatch.modelfolder import CONFIG, hub_config, is_hub_name
 from clipmatch.preprocess import load_image
 
 if TYPE_CHECKING:
@@ -155,9 +156,7 @@ def load_painter(
     folder = find_generator(generator)
     if kind_of_generator(generator, folder / CONFIG) == "BigGAN":
         return Painter(eyes, biggan_canvas(folder, eyes.device, truncation), judge=judge_of(judge))
-    from clipmatch.generation.vqgan import load_vqgan
-
-    canvas = VQCanvas(load_vqgan(folder), fingerprint_of(sorted(folder.glob("*.safetensors")), None), eyes.device)
+    canvas = VQCanvas(load_vqgan(folder), vqgan_fingerprint(folder), eyes.device)
     return Painter(eyes, canvas, prior_of(folder), judge_of(judge))
 
 

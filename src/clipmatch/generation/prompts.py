@@ -18,7 +18,7 @@ from clipmatch.imageformats import is_image_name
 from clipmatch.query import is_picture
 
 # "at 10:30" is no weight, "area 51:-1" is one.
-WEIGHT = re.compile(r"(?P<what>.*(?:[^\s\d]\s*:|\S\s*:(?=\s*[+-])))\s*(?P<weight>[+-]?\d+(?:\.\d+)?)", re.DOTALL)
+WEIGHT = re.compile(r"(?P<what>|.*[^\s\d]\s*|.*(?=:\s*[+-])):\s*(?P<weight>[+-]?\d+(?:\.\d+)?)", re.DOTALL)
 SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -53,7 +53,7 @@ def parse_prompt(part: str) -> Prompt:
     """One part of a line -> its prompt."""
     what, weight = part, 1.0
     if not is_picture(part) and (match := WEIGHT.fullmatch(part)):
-        what, weight = match["what"].rstrip()[:-1].rstrip(), float(match["weight"])
+        what, weight = match["what"].rstrip(), float(match["weight"])
     if not weight:
         raise ClipmatchError(f"The weight of {what!r} is 0; leave it out.")
     if is_picture(what):
