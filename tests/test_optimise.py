@@ -168,7 +168,7 @@ class Script:
     def loss(self, pictures, *_):
         return -pictures.sum()
 
-    def score(self, pictures, targets):
+    def score(self, pictures, targets, count=16):
         return torch.tensor(next(self.scores))
 
 

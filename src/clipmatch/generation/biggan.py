@@ -285,7 +285,7 @@ class BigGANCanvas:
     """
 
     kind = "BigGAN"
-    tries = 32  # it begins with a class; one of a thousand would seldom be near
+    tries = 16  # it begins with a class; one of a thousand would seldom be near
 
     def __init__(
         self, model: BigGAN, fingerprint: str = "", device: torch.device | None = None, truncation: float = 1.0

@@ -91,16 +91,18 @@ class Guide:
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def score(self, pictures: Tensor, targets: Targets) -> Tensor:
+    def score(self, pictures: Tensor, targets: Targets, count: int = JUDGED) -> Tensor:
         """Pictures [n, 3, h, h] in 0..1 -> their weighted cosines [n] with the targets, in -1..1.
 
-        The mean over the whole picture and views of it, the same for all; none is mirrored.
+        The mean over the whole picture and `count` views of it, the same for all; none is mirrored.
         """
         scores = []
         for picture in pictures[:, None]:  # [1, 3, h, h]
-            generator = torch.Generator().manual_seed(JUDGE_SEED)
-            views = cutouts(picture, JUDGED, self.size, generator, flip=False)
-            rows = torch.cat([self.encode(picture), self.encode(views)])  # [1 + k, d]
+            rows = self.encode(picture)
+            if count:
+                generator = torch.Generator().manual_seed(JUDGE_SEED)
+                views = cutouts(picture, count, self.size, generator, flip=False)
+                rows = torch.cat([rows, self.encode(views)])  # [1 + k, d]
             scores.append((rows @ targets.rows.T).mean(dim=0) @ targets.weights)
         return torch.stack(scores)
 

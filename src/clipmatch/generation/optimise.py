@@ -65,7 +65,7 @@ def start(canvas: Canvas, guide: Guide, targets: Targets, n: int, size: int, see
         if canvas.tries > 1:
             with torch.no_grad():
                 parts = zip(*(latent[:, None] for latent in latents), strict=True)
-                scores = [float(guide.score(canvas.paint(list(part)), targets)) for part in parts]
+                scores = [float(guide.score(canvas.paint(list(part)), targets, count=0)) for part in parts]
             best = scores.index(max(scores))
             latents = [latent[best : best + 1] for latent in latents]
         chosen.append(latents)
