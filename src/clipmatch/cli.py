@@ -32,6 +32,7 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "evaluate": ("cli_train", "evaluate"),
     "export": ("cli_train", "export"),
     "models": ("cli_train", "models"),
+    "generate": ("cli_generate", "generate_command"),
 }
 
 
@@ -102,6 +103,8 @@ def main() -> None:
     Make it a model that needs no PyTorch; see which models there are:
         clipmatch export out/mine --out out/mine-onnx --int8
         clipmatch models
+    Paint what a sentence says:
+        clipmatch generate "a bus in the snow" --guide out/mine --generator path/to/vqgan
     """  # noqa: D301 - click's mark for "do not wrap" is a real backspace
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -433,7 +433,8 @@ def embedded_folder() -> Path:
 
 def missing_training_extra(error: ModuleNotFoundError) -> ClipmatchError:
     """The sentence for a core installation that is asked for what needs PyTorch."""
-    return ClipmatchError(f"This needs the package {error.name}; install it with: {INSTALL}")
+    install = INSTALL.replace("train", "generate") if error.name == "diffusers" else INSTALL
+    return ClipmatchError(f"This needs the package {error.name}; install it with: {install}")
 
 
 # Reading files

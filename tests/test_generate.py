@@ -1,0 +1,289 @@
+"""`clipmatch generate` as people type it, on tiny models with random weights."""
+
+import hashlib
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import VQModel
+from PIL import Image
+from test_biggan import TINY, published_shapes
+from torch.testing import assert_close
+
+from clipmatch.cli import main
+from clipmatch.errors import ClipmatchError
+from clipmatch.generation import picture
+from clipmatch.generation.guide import load_guide
+from clipmatch.generation.painter import PaintConfig, Painter, load_painter
+from clipmatch.generation.picture import Film, save_png, to_image
+
+
+@pytest.fixture(scope="module")
+def vqgan(tmp_path_factory):
+    """A folder of a tiny VQGAN, as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("generators") / "vqgan"
+    torch.manual_seed(0)
+    model = VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=32,
+        sample_size=16,
+    )
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def biggan(tmp_path_factory):
+    """A folder of a tiny BigGAN in the published layout; vectors of singular values are as random as the rest."""
+    folder = tmp_path_factory.mktemp("generators") / "biggan"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(shape, generator=generator) for name, shape in published_shapes(TINY).items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def run(*words):
+    return CliRunner().invoke(main, ["generate", *map(str, words)])
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_the_same_command_paints_the_same_picture(model_folder, vqgan, tmp_path):
+    command = ("a red circle above a blue square", "--guide", model_folder, "--generator", vqgan, "--steps", 12)
+    for name in ("one.png", "two.png"):
+        done = run(*command, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    assert digest(tmp_path / "one.png") == digest(tmp_path / "two.png")
+    run(*command, "--seed", 1, "--out", tmp_path / "other.png")
+    assert digest(tmp_path / "one.png") != digest(tmp_path / "other.png")
+
+
+def test_a_picture_says_how_it_was_made(model_folder, vqgan, tmp_path):
+    out = tmp_path / "new" / "star.png"
+    prompt = "a star ☆ | blur:-0.5"
+    done = run(prompt, "--guide", model_folder, "--generator", vqgan, "--steps", 3, "--seed", 5, "--out", out)
+    assert str(out) in done.stdout
+    with Image.open(out) as image:
+        facts = image.text
+        assert image.size == (16, 16)
+    assert facts["prompt"] == prompt
+    assert (facts["seed"], facts["steps"]) == ("5", "3")
+    assert facts["guide"] == load_guide(model_folder).fingerprint
+    assert facts["generator"].startswith("VQGAN ")
+    assert facts["Software"].startswith("clipmatch ")
+
+
+def test_several_are_ranked_by_the_guide_or_by_a_judge(model_folder, vqgan, tmp_path):
+    common = (
+        "a star",
+        "--guide",
+        model_folder,
+        "--generator",
+        vqgan,
+        "--steps",
+        2,
+        "--n",
+        3,
+        "--out",
+        tmp_path / "p.png",
+    )
+    by_guide = [line.split() for line in run(*common).stdout.splitlines()[1:]]
+    by_judge = [line.split() for line in run(*common, "--judge", "embedded").stdout.splitlines()[1:]]
+    for lines in (by_guide, by_judge):
+        assert [line[0] for line in lines] == ["1", "2", "3"]
+        assert sorted(line[2] for line in lines) == ["0", "1", "2"]
+        scores = [float(line[1]) for line in lines]
+        assert scores == sorted(scores, reverse=True)
+        assert [Path(line[3]).name for line in lines] == ["p-1.png", "p-2.png", "p-3.png"]
+    assert [line[1] for line in by_guide] != [line[1] for line in by_judge]
+    for place, line in enumerate(by_judge, 1):
+        with Image.open(tmp_path / f"p-{place}.png") as image:
+            assert image.text["seed"] == line[2]
+
+
+def test_it_begins_with_a_picture_and_strength_holds_it_there(model_folder, vqgan, photos, tmp_path):
+    common = ("a star", "--guide", model_folder, "--generator", vqgan, "--init", photos / "red.png", "--steps", 5)
+    for name, options in (("kept", ("--strength", 0)), ("changed", ()), ("alone", ("--steps", 0))):
+        done = run(*common, *options, "--out", tmp_path / f"{name}.png")
+        assert done.exit_code == 0, done.output
+    kept, changed, alone = (
+        list(Image.open(tmp_path / f"{name}.png").tobytes()) for name in ("kept", "changed", "alone")
+    )
+    assert kept == alone != changed
+    assert Image.open(tmp_path / "changed.png").text["init"] == "red.png"
+
+
+def test_an_animation_and_previews(model_folder, vqgan, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(picture, "save_png", lambda path, one, facts: saved.append((path, facts["steps"])))
+    done = run(
+        "a star",
+        "--guide",
+        model_folder,
+        "--generator",
+        vqgan,
+        "--steps",
+        9,
+        "--save-every",
+        4,
+        "--out",
+        tmp_path / "p.png",
+        "--video",
+        tmp_path / "p.gif",
+    )
+    assert done.exit_code == 0, done.output
+    assert saved == [(tmp_path / "p.png", steps) for steps in (4, 8, 9)]
+    with Image.open(tmp_path / "p.gif") as film:
+        assert 1 < film.n_frames <= 11  # the start, nine steps and the best of them; equal ones in a row are one
+
+
+def test_biggan_paints(model_folder, biggan, tmp_path):
+    done = run(
+        "a star",
+        "--guide",
+        model_folder,
+        "--generator",
+        biggan,
+        "--steps",
+        3,
+        "--truncation",
+        0.5,
+        "--out",
+        tmp_path / "p.png",
+    )
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (16, 16)
+        assert image.text["generator"].startswith("BigGAN ")
+
+
+class Stripes:
+    """A prior that paints each picture with one code, its seed."""
+
+    def paint(self, embeddings, seed):
+        assert_close(embeddings.norm(dim=1), torch.ones(1))
+        return torch.full((1, 64), seed)
+
+
+def test_a_prior_paints_first(model_folder, vqgan):
+    painter = load_painter(str(model_folder), str(vqgan), device="cpu")
+    with_prior = Painter(painter.guide, painter.canvas, Stripes())
+    painted, stopped = with_prior.paint(PaintConfig("a star", n=2, steps=0, seed=7))
+    assert not stopped
+    for one in painted:
+        code = 7 + one.number
+        expected = painter.canvas.paint(painter.canvas.from_tokens(torch.full((1, 64), code)))[0]
+        assert torch.equal(one.picture, expected)
+        assert one.facts["seed"] == code
+    refined, _ = with_prior.paint(PaintConfig("a star", n=2, steps=20, seed=7))
+    assert refined[0].score > painted[0].score
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["", "GUIDE", "VQGAN"], "prompt is empty"),
+        (["x", "--guide", "embedded", "--generator", "VQGAN"], "embedded is for ONNX Runtime"),
+        (["x", "GUIDE", "--generator", "nowhere"], "nowhere is no folder of a generator"),
+        (["x", "GUIDE", "--generator", "MODEL"], "neither a VQGAN .* nor a BigGAN-deep"),
+        (["x", "GUIDE", "--generator", "owner/name"], "can't be reached"),
+        (["x", "GUIDE", "VQGAN", "--size", "17"], "multiple of 2 pixels; give --size 16"),
+        (["x", "GUIDE", "VQGAN", "--steps", "0"], "has no prior, so --steps 0 would paint nothing"),
+        (["x", "GUIDE", "VQGAN", "--strength", "0.5"], "--strength would change nothing"),
+        (["x", "GUIDE", "VQGAN", "--truncation", "0.5"], "--truncation would change nothing"),
+        (["x", "GUIDE", "VQGAN", "--init", "nowhere.png"], "nowhere.png: no such file"),
+        (["x", "GUIDE", "VQGAN", "--video", "x.avi"], "can be a .gif or a .mp4"),
+        (["x", "GUIDE", "VQGAN", "--out", "x.jpg"], "can only be a .png"),
+        (["x", "GUIDE", "VQGAN", "--device", "cuda:9"], "cuda:9.* can't be used here"),
+        (["x", "GUIDE", "--generator", "BIGGAN", "--init", "PHOTO"], "A BigGAN can't begin with a picture"),
+    ],
+)
+def test_one_sentence_for_what_cannot_be_painted(words, message, model_folder, vqgan, biggan, photos, tmp_path):
+    names = {
+        "GUIDE": ["--guide", model_folder],
+        "VQGAN": ["--generator", vqgan],
+        "MODEL": [model_folder],
+        "BIGGAN": [biggan],
+        "PHOTO": [photos / "red.png"],
+    }
+    # what is named twice, as in "--generator VQGAN", is the name alone
+    words = [
+        ["--generator", vqgan][1:] if word == "VQGAN" and words[place - 1] == "--generator" else names.get(word, [word])
+        for place, word in enumerate(words)
+    ]
+    done = run(*(part for word in words for part in word), "--steps" if "--steps" not in str(words) else "--seed", 1)
+    assert done.exit_code == 1, done.output
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+
+
+def test_ctrl_c_keeps_the_best_so_far(model_folder, vqgan, tmp_path, monkeypatch):
+    def interrupted(path, one, facts):
+        save_png(path, one, facts)
+        if facts["steps"] == 4:  # as the preview is written
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(picture, "save_png", interrupted)
+    common = ("a star", "--guide", model_folder, "--generator", vqgan, "--steps", 100_000, "--save-every", 4)
+    done = run(*common, "--out", tmp_path / "p.png")
+    assert done.exit_code == 130
+    assert "Stopped after 5 of 100000 steps" in done.stderr
+    assert "p.png" in done.stdout
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.text["steps"] == "5"
+
+
+def test_pixels_are_rounded(tmp_path):
+    values = torch.tensor([0.0, 0.5, 1.0, 1.7, -0.2, 254.4 / 255]).view(1, 1, 6).expand(3, 1, 6)
+    save_png(tmp_path / "p.png", values, {"prompt": "x"})
+    with Image.open(tmp_path / "p.png") as image:
+        assert (
+            image.tobytes() == to_image(values).tobytes() == bytes(v for v in (0, 128, 255, 255, 0, 254) for _ in "rgb")
+        )
+
+
+def test_a_film_is_thinned_out_and_ends_with_the_best(tmp_path):
+    film = Film(tmp_path / "f.gif", steps=250)
+    for step in range(251):
+        film.add(step, torch.full((2, 3, 4, 4), step / 250))
+    assert len(film.frames) == 84
+    film.save(1, torch.zeros(3, 4, 4))
+    with Image.open(tmp_path / "f.gif") as gif:
+        assert gif.n_frames == 85
+        gif.seek(84)
+        assert gif.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+        assert gif.info["duration"] == 2000
+
+
+def test_mp4_without_its_encoder_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ClipmatchError, match="pip install imageio imageio-ffmpeg"):
+        Film(tmp_path / "f.mp4", 10)
+
+
+def test_mp4(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    import imageio.v2 as imageio
+
+    film = Film(tmp_path / "f.mp4", steps=20)
+    for step in range(21):
+        film.add(step, torch.full((1, 3, 17, 17), step / 20))
+    film.save(0, torch.ones(3, 17, 17))
+    with imageio.get_reader(tmp_path / "f.mp4") as reader:
+        assert reader.get_meta_data()["size"] == (18, 18)
+        assert reader.get_data(0).mean() < 10
+        assert reader.get_data(21).mean() > 245
