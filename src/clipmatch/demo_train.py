@@ -132,8 +132,10 @@ def sample_queries(rows: tuple[CaptionedImage, ...]) -> list[str]:
     return [rows[place * len(rows) // QUERY_COUNT].captions[0] for place in range(QUERY_COUNT)]
 
 
-def train_small(run: Path, splits: Splits, seed: int) -> bool:
-    """Train the small model, or go on with an unfinished run of the same settings; False if Ctrl-C stopped it."""
+def train_small(run: Path, splits: Splits, seed: int, model: ModelConfig | None = None) -> bool:
+    """Train the small model (or another), or go on with an unfinished run of the same settings; False if Ctrl-C
+    stopped it.
+    """
     from clipmatch.training import train
 
     settings = small_settings(run, seed)
@@ -143,7 +145,7 @@ def train_small(run: Path, splits: Splits, seed: int) -> bool:
     elif is_demo(run):
         shutil.rmtree(run)
     tokenizer = learn_tokenizer(splits.train)
-    model = small_model(tokenizer.vocab_size)
+    model = model or small_model(tokenizer.vocab_size)
     return train(splits, settings, model, tokenizer=tokenizer, resume=going_on).finished
 
 
@@ -157,12 +159,12 @@ def is_demo(run: Path) -> bool:
 
 def is_unfinished(run: Path, settings: TrainConfig) -> bool:
     """Whether a run of exactly these settings stopped before its last step."""
-    from clipmatch.config import to_json
+    from clipmatch.config import from_json
 
     try:
         plan = json.loads((run / "train.json").read_text())
         state = json.loads((run / "last" / "state.json").read_text())
     except (OSError, ValueError):
         return False
-    same = plan["settings"] == to_json(settings)
+    same = from_json(TrainConfig, plan["settings"]) == settings  # as settings: JSON has no tuples
     return bool(same and state["step"] < state["total"])

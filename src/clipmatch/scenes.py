@@ -277,33 +277,44 @@ def _word_two(groups: list[Group], names: list[str], relation: str, ground: str,
 # --- The folder
 
 
-def sample_splits(n_train: int, n_dev: int, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
+def sample_splits(n_train: int, n_dev: int, seed: int = 0, skip: int = 0) -> tuple[list[Scene], list[Scene]]:
     """(train, dev) scenes, no two with the same `content_key`. Dev comes first from the seed's stream, so a larger
     training set keeps its dev scenes.
+
+    skip: scenes of the stream that are left out first. With as many as another set has, the two share no content.
     """
-    if n_train + n_dev > MOST_SCENES:
-        raise ClipmatchError(f"{n_train + n_dev} scenes are too many; ask for {MOST_SCENES} at most.")
+    total = skip + n_train + n_dev
+    if total > MOST_SCENES:
+        raise ClipmatchError(f"{total} scenes are too many; ask for {MOST_SCENES} at most.")
     rng, scenes = random.Random(f"{seed}/scenes"), dict[str, Scene]()
-    while len(scenes) < n_train + n_dev:
+    while len(scenes) < total:
         scene = sample_scene(rng)
         scenes.setdefault(content_key(scene), scene)
-    ordered = list(scenes.values())
+    ordered = list(scenes.values())[skip:]
     return ordered[n_dev:], ordered[:n_dev]
 
 
 def generate(
-    folder: str | Path, n_train: int = 8000, n_dev: int = 500, size: int = 64, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    n_train: int = 8000,
+    n_dev: int = 500,
+    size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+    skip: int = 0,
 ) -> Path:
-    """Draw and describe a picture set into `folder`; returns it. Five captions a picture.
+    """Draw and describe a picture set into `folder`; returns it. Five captions a picture. skip: as for `sample_splits`.
 
     A complete set of the same settings is left as it is, an unfinished one is drawn afresh. Raises ClipmatchError
     where the folder holds anything else.
     """
     folder = Path(folder)
     settings = {"version": VERSION, "n_train": n_train, "n_dev": n_dev, "size": size, "seed": seed}
+    if skip:
+        settings["skip"] = skip
     if _claim(folder, settings):
         return folder
-    train, dev = sample_splits(n_train, n_dev, seed)
+    train, dev = sample_splits(n_train, n_dev, seed, skip)
     named = [*zip(_names("train", n_train), train, strict=True), *zip(_names("dev", n_dev), dev, strict=True)]
 
     def save(row: tuple[str, Scene]) -> None:

@@ -1,0 +1,178 @@
+"""The prior: an embedding -> the codes of a picture, painted in a dozen steps by a masked-token transformer.
+
+In: unit rows [n, d] of the guide (of sentences or of pictures), a seed. Out: numbers of codes [n, t] of the VQGAN that
+it was trained on. Knows nothing of pixels, words or training. The method is MaskGIT's (Chang et al., CVPR 2022), with
+classifier-free guidance as in Muse (Chang et al., ICML 2023).
+
+Letters: n pictures, t tokens of a picture, k codes, d embedding width, w the transformer's width, p prefix tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clipmatch.config import from_json, require, to_json
+from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import CONFIG, WEIGHTS, fingerprint_of, write_json
+
+KIND = "clipmatch prior"  # in a folder's config.json
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The architecture, and whose embeddings and codes it knows (fingerprints, for errors that say so)."""
+
+    tokens: int  # of a picture: a square number
+    codes: int
+    embed_dim: int
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+    prefix: int = 8  # tokens that carry the embedding
+    guide: str = ""
+    vqgan: str = ""
+
+    def __post_init__(self) -> None:
+        require(math.isqrt(self.tokens) ** 2 == self.tokens, "tokens must be a square number", self.tokens)
+        require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
+
+
+class Prior(nn.Module):
+    """A bidirectional transformer over an embedding's prefix and the codes, those that are not painted yet masked."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        width, side = config.width, math.isqrt(config.tokens)
+        self.mask = config.codes  # the number of the mask token
+        self.token = nn.Embedding(config.codes + 1, width)
+        self.row, self.column = (nn.Parameter(torch.randn(side, width) * 0.02) for _ in range(2))
+        self.condition = nn.Linear(config.embed_dim, (config.prefix + 1) * width)
+        self.nothing = nn.Parameter(torch.zeros(config.embed_dim))  # the embedding of no prompt
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.codes)
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+        """Numbers of codes [n, t], some of them `mask`, and rows [n, d] -> logits [n, t, k]."""
+        prefix, hidden = self.begin(tokens, embeddings)
+        hidden = torch.cat([prefix, hidden], dim=1)  # [n, p + t, w]
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden[:, self.config.prefix :]))  # [n, t, k]
+        return logits
+
+    def begin(self, tokens: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """-> the prefix [n, p, w], and the tokens [n, t, w] with their places and a trace of the embedding."""
+        places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [t, w]
+        scale = self.config.embed_dim**0.5  # a unit row has small numbers
+        made = self.condition(embeddings * scale).unflatten(1, (self.config.prefix + 1, self.config.width))
+        return made[:, 1:], self.token(tokens) + places + made[:, :1]
+
+    @torch.no_grad()
+    def paint(
+        self,
+        embeddings: Tensor | None = None,
+        steps: int = 12,
+        guidance: float = 3.0,
+        seed: int = 0,
+        *,
+        n: int = 1,
+        temperature: float = 4.5,
+    ) -> Tensor:
+        """Unit rows [n, d] -> numbers of codes [n, t]; without rows, n pictures of anything.
+
+        Each step keeps the most certain tokens, as many as a cosine says. guidance: how far the logits are pushed away
+        from those of no prompt, growing over the steps as the masks go; 0: not at all. temperature: of the noise by
+        which certainty is judged, falling to none; more is more varied and less exact. The seed decides the pictures:
+        each draws from its own numbers, so it does not matter which others are painted along with it.
+        """
+        rows = self.nothing.expand(n, -1) if embeddings is None else embeddings.to(self.nothing)
+        device, count = rows.device, self.config.tokens
+        draws = [torch.Generator().manual_seed(seed + number) for number in range(len(rows))]
+        tokens = torch.full((len(rows), count), self.mask, device=device)
+        for step in range(steps):
+            done = (step + 1) / steps
+            logits = self.guided(tokens, rows, guidance * done if embeddings is not None else 0.0)  # [n, t, k]
+            drawn = (logits + gumbel(logits.shape, draws).to(device)).argmax(dim=-1)  # a draw by their probabilities
+            certain = logits.log_softmax(dim=-1).gather(2, drawn[:, :, None]).squeeze(2)  # [n, t]
+            certain = certain + gumbel(certain.shape, draws).to(device) * temperature * (1 - done)
+            known = tokens != self.mask
+            drawn = torch.where(known, tokens, drawn)
+            certain = certain.masked_fill(known, math.inf)
+            left = int(count * math.cos(math.pi / 2 * done))
+            tokens = drawn.scatter(1, certain.argsort(dim=1)[:, :left], self.mask)
+        return tokens
+
+    def guided(self, tokens: Tensor, rows: Tensor, guidance: float) -> Tensor:
+        """Logits [n, t, k] for rows [n, d], pushed away from those of no prompt (Ho and Salimans 2022)."""
+        if not guidance:
+            return self(tokens, rows).float()  # type: ignore[no-any-return]
+        both = self(tokens.repeat(2, 1), torch.cat([rows, self.nothing.expand_as(rows)])).float()
+        with_prompt, without = both.chunk(2)
+        pushed: Tensor = with_prompt + guidance * (with_prompt - without)
+        return pushed
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward layer, each after a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[n, t, w] -> [n, t, w]."""
+        mixed = self.mix(self.norm_in(hidden)).unflatten(2, (3, self.heads, -1))  # [n, t, 3, heads, w / heads]
+        query, key, value = mixed.permute(2, 0, 3, 1, 4)  # each [n, heads, t, w / heads]
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)  # [n, heads, t, t]
+        hidden = hidden + self.merge((weights @ value).transpose(1, 2).flatten(2))
+        return hidden + self.feed(self.norm_out(hidden))  # type: ignore[no-any-return]
+
+
+def gumbel(shape: torch.Size, draws: list[torch.Generator]) -> Tensor:
+    """Standard Gumbel noise, each row of the first dimension from a generator of its own."""
+    uniform = torch.stack([torch.rand(shape[1:], generator=generator) for generator in draws])
+    return -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
+
+
+# Folders
+
+
+def save_prior(prior: Prior, folder: str | Path) -> None:
+    """Write config.json and the weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in prior.state_dict().items()}, folder / WEIGHTS)
+    write_json(folder / CONFIG, {"format": KIND, "prior": to_json(prior.config)})
+
+
+def load_prior(folder: str | Path) -> Prior:
+    """A folder that `save_prior` wrote -> the prior, frozen, in eval mode. Raises ClipmatchError if it is none."""
+    folder = Path(folder).expanduser()
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if values.get("format") != KIND:
+            raise ClipmatchError(f"{folder} holds no prior; train one with: clipmatch train-prior")
+        prior = Prior(from_json(PriorConfig, values["prior"]))
+        prior.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise ClipmatchError(f"{folder} holds no prior that can be read; train one with: clipmatch train-prior") from error
+    return prior.eval().requires_grad_(False)
+
+
+def prior_fingerprint(folder: str | Path) -> str:
+    """16 hex digits that change with the weights."""
+    return fingerprint_of([Path(folder) / WEIGHTS], None)

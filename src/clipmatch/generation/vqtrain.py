@@ -1,0 +1,271 @@
+"""Train a VQGAN on any pictures.
+
+In: a folder of pictures and a `VQConfig`. Out: a folder of `diffusers.VQModel` (config.json and weights), the run's
+state in `last/`, log.jsonl, and sheets of held-out pictures above their reconstructions in `samples/`. Knows nothing of
+captions or prompts.
+
+Letters: b pictures, s side in pixels, k codes of c numbers, y side of the grid of codes, m = b * y * y rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from clipmatch.config import from_json, require, to_json
+from clipmatch.crawl import list_images
+from clipmatch.errors import ClipmatchError
+from clipmatch.generation.looptools import adamw, generator_for, read_state, run_steps
+from clipmatch.generation.perceptual import FeatureDistance, PatchDiscriminator, load_distance
+from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
+from clipmatch.generation.vqgan import load_vqgan, nearest_codes, pixels_per_code, small_vqgan
+from clipmatch.modelfolder import CONFIG
+from clipmatch.runlog import note
+from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_everything
+
+HELD_OUT = 0.02  # of the pictures, for the figures and the sheets; 256 at most
+SHEET = 8  # pictures on a sheet
+FREE = 0.1  # of the steps, in which latents are not yet rounded to codes: a new encoder tells nothing apart
+CODE_DECAY = 0.95  # of the codes' moving averages
+DEAD = 0.1  # a code used less than this part of the mean is put elsewhere
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """How to train. size: side in pixels; perceptual: a model whose image tower says what looks alike."""
+
+    size: int = 64
+    codes: int = 1024
+    code_width: int = 16
+    channels: tuple[int, ...] = (64, 128)
+    layers: int = 1
+    patch: int = 4
+    steps: int = 10_000
+    batch_size: int = 32
+    rate: float = 1e-3
+    commitment: float = 0.25  # weight of the pull on the encoder towards the codes
+    perceptual: str | None = None
+    perceptual_weight: float = 0.5
+    adversarial: float = 0.0  # weight of a patch discriminator, which joins in at a third of the steps; 0: none
+    flip: bool = True  # mirror half of the pictures
+    precision: str | None = None
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "codes", "code_width", "layers", "patch", "steps", "batch_size", "rate"):
+            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        object.__setattr__(self, "channels", tuple(self.channels))  # JSON brings lists
+        factor = self.patch * 2 ** (len(self.channels) - 1)
+        require(self.size % factor == 0, f"size must be a multiple of {factor} pixels, a code's side", self.size)
+        require(all(width % 8 == 0 for width in self.channels), "channels must be multiples of 8", self.channels)
+        require(self.adversarial >= 0, "adversarial must not be negative", self.adversarial)
+
+
+def train_vqgan(
+    pictures: str | Path | list[Path],
+    out: str | Path,
+    config: VQConfig | None = None,
+    *,
+    model: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> bool:
+    """Train a VQGAN into the folder `out` -> whether it is finished; False after Ctrl-C.
+
+    pictures: a folder, or files. model: a VQGAN (folder or hub name) to go on from instead of a new one. resume: go on
+    with the run in `out`, with its own settings. The losses are those of VQGAN (Esser et al., CVPR 2021); codes move to
+    the mean of what is near them (van den Oord et al. 2017) and those that nothing is near begin anew elsewhere
+    (Dhariwal et al. 2020). Raises ClipmatchError when there is nothing to learn from, or `out` does not fit.
+    """
+    out = Path(out)
+    if resume:
+        saved = read_state(out)["settings"]
+        config, model = from_json(VQConfig, saved["config"]), saved["model"]
+    config = config or VQConfig()
+    seed_everything(config.seed)
+    reuse_memory()
+    vqgan = load_vqgan(model).requires_grad_(True) if model else new_vqgan(config)
+    if config.size % pixels_per_code(vqgan):
+        raise ClipmatchError(f"The VQGAN {model} needs a --size that is a multiple of {pixels_per_code(vqgan)}.")
+    if not (out / PIXELS).is_file():
+        paths = list_images(pictures) if isinstance(pictures, str | Path) else pictures
+        decode_pictures(paths, config.size, out / PIXELS, progress)
+    learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out)
+    note(
+        f"training: {sum(value.numel() for value in vqgan.parameters()) / 1e6:.1f} million weights, "
+        f"{config.size // pixels_per_code(vqgan)} x {config.size // pixels_per_code(vqgan)} codes a picture; "
+        f"{len(learner.train)} pictures, {len(learner.dev)} held out; {learner.precision.reason}"
+    )
+    settings = {"config": to_json(config), "model": model}
+    every = max(1, config.steps // 10)
+    finished = run_steps(learner, out, config.steps, settings, resume=resume, look_every=every, progress=progress)
+    vqgan.save_pretrained(out)
+    return finished
+
+
+def new_vqgan(config: VQConfig) -> VQModel:
+    """A VQGAN of the settings' shape, with random weights."""
+    shape = {name: getattr(config, name) for name in ("size", "channels", "layers", "patch", "codes", "code_width")}
+    return small_vqgan(**shape)
+
+
+class CodeAverage(nn.Module):
+    """Codes as moving averages of the rows that are nearest to them. used [k]: rows a step; sums [k, c]: of the rows."""
+
+    used: Tensor
+    sums: Tensor
+
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.register_buffer("used", torch.zeros(len(codes)))
+        self.register_buffer("sums", torch.zeros_like(codes))
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, rows: Tensor, nearest: Tensor, generator: torch.Generator) -> None:
+        """Move codes [k, c], in place, by rows [m, c] and the number of the code that each is nearest to [m].
+
+        A code that hardly any row is near takes the place of a row drawn at random; at the first step all do.
+        """
+        used = torch.bincount(nearest, minlength=len(codes)).float()  # [k]
+        self.used.lerp_(used, 1 - CODE_DECAY)
+        self.sums.lerp_(torch.zeros_like(codes).index_add_(0, nearest, rows), 1 - CODE_DECAY)
+        fair = len(rows) / len(codes)
+        dead = (self.used < DEAD * fair).nonzero().flatten()
+        places = rows[torch.randint(len(rows), (len(dead),), generator=generator).to(rows.device)]
+        self.used[dead] = fair
+        self.sums[dead] = places * fair
+        codes.copy_(self.sums / self.used[:, None])
+
+
+class VQLearner:
+    """A VQGAN and what it learns by; see `run_steps`."""
+
+    def __init__(self, model: VQModel, pixels: NDArray[np.uint8], config: VQConfig, out: Path):
+        self.config, self.pixels, self.out = config, pixels, out
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(self.device, config.precision)
+        self.model = model.to(self.device, memory_format=torch.channels_last).train()
+        self.codes = model.quantize.embedding.weight.requires_grad_(False)  # they move by averages, not by gradients
+        self.average = CodeAverage(self.codes).to(self.device)
+        self.distance: FeatureDistance | None = None
+        if config.perceptual:
+            self.distance = load_distance(config.perceptual).to(self.device)
+        order = np.random.default_rng(config.seed).permutation(len(pixels))
+        held = min(256, max(1, round(HELD_OUT * len(pixels)))) if len(pixels) > 1 else 0
+        self.dev, self.train = np.sort(order[:held]), order[held:]
+        self.parts: dict[str, nn.Module] = {"vqgan": model, "average": self.average}
+        self.optimizers: dict[str, Any] = {"vqgan": adamw(model, config.rate)}
+        self.critic: PatchDiscriminator | None = None
+        if config.adversarial:
+            self.critic = PatchDiscriminator().to(self.device)
+            self.parts["critic"] = self.critic
+            self.optimizers["critic"] = adamw(self.critic, config.rate / 2, betas=(0.5, 0.9))
+
+    def step(self, number: int) -> dict[str, float]:
+        """One batch -> its losses, and the perplexity of its codes: how many are in even use."""
+        config, draws = self.config, generator_for(self.config.seed, number)
+        rows = self.train[batch_rows(len(self.train), config.batch_size, number, config.seed)]
+        pictures = self.batch(rows)
+        if config.flip:
+            mirrored = torch.rand(len(pictures), generator=draws) < 0.5
+            pictures[mirrored] = pictures[mirrored].flip(-1)
+        with self.autocast():
+            latents = self.model.encode(pictures).latents.float()  # [b, c, y, y]
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [m, c]
+        if number == 0 and not self.average.used.any():  # before the first use: on what there is to be near to
+            self.average.update(self.codes, flat.detach(), torch.zeros(len(flat), dtype=torch.long), draws)
+        nearest = nearest_codes(self.model, latents.detach())  # [b, y * y]
+        found = self.codes[nearest].transpose(1, 2).view_as(latents)
+        losses = {"commitment": nn.functional.mse_loss(latents, found) * config.commitment}
+        # The gradient passes as if nothing had been rounded; at first nothing is, until there is something to round.
+        straight = latents if number < FREE * config.steps else latents + (found - latents).detach()
+        with self.autocast():
+            painted = self.model.decode(straight, force_not_quantize=True).sample.float()
+        losses["pixels"] = (painted - pictures).abs().mean()
+        if self.distance:
+            with self.autocast():
+                losses["perceptual"] = self.distance(painted, pictures) * config.perceptual_weight
+        if self.critic and number >= config.steps // 3:
+            losses["adversarial"] = self.critic.fooled(painted) * config.adversarial
+        loss = torch.stack(list(losses.values())).sum()
+        self.descend("vqgan", loss)
+        if self.critic and number >= config.steps // 3:
+            self.descend("critic", self.critic.told_apart(pictures, painted.detach()))
+        self.average.update(self.codes, flat.detach(), nearest.flatten(), draws)
+        figures = {name: float(value.detach()) for name, value in losses.items()}
+        return {"loss": float(loss.detach()), **figures, "perplexity": perplexity(nearest, len(self.codes))}
+
+    def descend(self, name: str, loss: Tensor) -> None:
+        """A step of one of the optimisers."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([value for group in optimizer.param_groups for value in group["params"]], 1.0)
+        optimizer.step()
+
+    def batch(self, rows: NDArray[np.int64]) -> Tensor:
+        """Numbers of pictures -> [b, 3, s, s] in -1..1."""
+        pictures = picture_batch(self.pixels, rows).to(self.device)
+        return pictures.to(memory_format=torch.channels_last)
+
+    def autocast(self) -> Any:
+        """Context: computing in the run's number type."""
+        return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype is not None)
+
+    @torch.no_grad()
+    def look(self, number: int) -> dict[str, Any]:
+        """Figures of the held-out pictures, and a sheet of some: the pictures above, their reconstructions below."""
+        tokens, errors, sheet = [], [], Tensor()
+        self.model.eval()
+        for start in range(0, len(self.dev), self.config.batch_size):
+            pictures = self.batch(self.dev[start : start + self.config.batch_size])
+            latents = self.model.encode(pictures).latents
+            tokens.append(nearest_codes(self.model, latents))
+            painted = self.model.decode(latents).sample.clamp(-1, 1)
+            errors.append((painted - pictures).square().mean(dim=(1, 2, 3)) / 4)  # of values in 0..1
+            if not start:
+                sheet = torch.cat([pictures[:SHEET], painted[:SHEET]])
+        self.model.train()
+        if not tokens:  # a single picture
+            return {}
+        used = torch.cat(tokens)
+        save_sheet(sheet / 2 + 0.5, self.out / "samples" / f"step-{number:06}.png", columns=min(SHEET, len(self.dev)))
+        return {
+            "dev_psnr": float(-10 * torch.cat(errors).mean().log10()),  # decibels
+            "dev_perplexity": perplexity(used, len(self.codes)),
+            "dev_codes_used": int(used.unique().numel()),
+        }
+
+
+def perplexity(tokens: Tensor, codes: int) -> float:
+    """Numbers of codes, any shape -> exp of the entropy of their use: between 1 and `codes`."""
+    shares = torch.bincount(tokens.flatten(), minlength=codes) / tokens.numel()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def save_sheet(pictures: Tensor, path: Path, columns: int) -> None:
+    """Pictures [n, 3, s, s] in 0..1, row by row -> one PNG with a narrow white gap between them."""
+    count, _, height, width = pictures.shape
+    gap = 2
+    sheet = np.full(((height + gap) * -(-count // columns) - gap, (width + gap) * columns - gap, 3), 255, np.uint8)
+    values = (pictures.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for place, picture in enumerate(values):
+        row, column = divmod(place, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+
+
+def is_vqgan(folder: Path) -> bool:
+    """Whether a finished VQGAN lies there."""
+    return (folder / CONFIG).is_file()
