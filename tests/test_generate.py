@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,15 +13,17 @@ import torch
 from click.testing import CliRunner
 from diffusers import VQModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_biggan import TINY, published_shapes
-from torch.testing import assert_close
 
 from clipmatch.cli import main
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation import picture
 from clipmatch.generation.guide import load_guide
-from clipmatch.generation.painter import PaintConfig, Painter, load_painter
+from clipmatch.generation.painter import PaintConfig, load_painter
 from clipmatch.generation.picture import Film, save_png, to_image
+from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
+from clipmatch.generation.vqgan import vqgan_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -170,61 +174,82 @@ def test_biggan_paints(model_folder, biggan, tmp_path):
         assert image.text["generator"].startswith("BigGAN ")
 
 
-class Stripes:
-    """A prior that paints each picture with one code, its seed."""
+@pytest.fixture
+def with_prior(vqgan, model_folder, tmp_path):
+    """The VQGAN's folder with a tiny prior of random weights inside."""
+    folder = shutil.copytree(vqgan, tmp_path / "with-prior")
+    known = {"guide": load_guide(model_folder).fingerprint, "vqgan": vqgan_fingerprint(folder)}
+    torch.manual_seed(0)
+    save_prior(Prior(PriorConfig(64, 32, 16, width=16, layers=1, heads=2, prefix=2, **known)), folder / "prior")
+    return folder
 
-    def paint(self, embeddings, seed):
-        assert_close(embeddings.norm(dim=1), torch.ones(1))
-        return torch.full((1, 64), seed)
 
-
-def test_a_prior_paints_first(model_folder, vqgan):
-    painter = load_painter(str(model_folder), str(vqgan), device="cpu")
-    with_prior = Painter(painter.guide, painter.canvas, Stripes())
-    painted, stopped = with_prior.paint(PaintConfig("a star", n=2, steps=0, seed=7))
+def test_a_prior_paints_first_and_guidance_refines(model_folder, with_prior):
+    painter = load_painter(str(model_folder), str(with_prior), device="cpu")
+    painted, stopped = painter.paint(PaintConfig("a star", n=2, steps=0, seed=7))
     assert not stopped
+    row = torch.from_numpy(painter.guide.embedder.embed_texts(["a star"]))
     for one in painted:
-        code = 7 + one.number
-        expected = painter.canvas.paint(painter.canvas.from_tokens(torch.full((1, 64), code)))[0]
-        assert torch.equal(one.picture, expected)
-        assert one.facts["seed"] == code
-    refined, _ = with_prior.paint(PaintConfig("a star", n=2, steps=20, seed=7))
+        tokens = load_prior(with_prior / "prior").paint(row, seed=7 + one.number)
+        assert torch.equal(one.picture, painter.canvas.paint(painter.canvas.from_tokens(tokens))[0])
+        assert one.facts["seed"] == 7 + one.number
+    refined, _ = painter.paint(PaintConfig("a star", n=2, steps=20, seed=7))
     assert refined[0].score > painted[0].score
+    held, _ = painter.paint(PaintConfig("a star", n=2, steps=20, seed=7, strength=0))
+    assert torch.equal(held[0].picture, painted[0].picture)
+
+
+def test_a_prior_is_for_its_guide_its_vqgan_and_one_size(model_folder, with_prior):
+    painter = load_painter(str(model_folder), str(with_prior))
+    with pytest.raises(ClipmatchError, match="prior paints pictures of 16 pixels"):
+        painter.paint(PaintConfig("a star", size=32, steps=0))
+    config = with_prior / "prior" / "config.json"
+    known = config.read_text()
+    config.write_text(known.replace(painter.guide.fingerprint, "0123456789abcdef"))
+    with pytest.raises(ClipmatchError, match=r"trained for another guide \(0123456789abcdef\)"):
+        load_painter(str(model_folder), str(with_prior))
+    config.write_text(known)
+    weights = with_prior / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ClipmatchError, match="trained for another VQGAN"):
+        load_painter(str(model_folder), str(with_prior))
+
+
+def test_without_names_the_demo_paints(model_folder, with_prior, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("a star")
+    assert done.exit_code == 1
+    assert "Which guide?" in done.stderr
+    assert "clipmatch demo --generate" in done.stderr
+    shutil.copytree(model_folder, "clipmatch-demo/run/best")
+    shutil.copytree(with_prior, "clipmatch-demo/generator")
+    assert run("a star", "--steps", 0).exit_code == 0
+    assert Image.open("painting.png").size == (16, 16)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["", "GUIDE", "VQGAN"], "prompt is empty"),
-        (["x", "--guide", "embedded", "--generator", "VQGAN"], "embedded is for ONNX Runtime"),
-        (["x", "GUIDE", "--generator", "nowhere"], "nowhere is no folder of a generator"),
-        (["x", "GUIDE", "--generator", "MODEL"], "neither a VQGAN .* nor a BigGAN-deep"),
-        (["x", "GUIDE", "--generator", "owner/name"], "can't be reached"),
-        (["x", "GUIDE", "VQGAN", "--size", "17"], "multiple of 2 pixels; give --size 16"),
-        (["x", "GUIDE", "VQGAN", "--steps", "0"], "has no prior, so --steps 0 would paint nothing"),
-        (["x", "GUIDE", "VQGAN", "--strength", "0.5"], "--strength would change nothing"),
-        (["x", "GUIDE", "VQGAN", "--truncation", "0.5"], "--truncation would change nothing"),
-        (["x", "GUIDE", "VQGAN", "--init", "nowhere.png"], "nowhere.png: no such file"),
-        (["x", "GUIDE", "VQGAN", "--video", "x.avi"], "can be a .gif or a .mp4"),
-        (["x", "GUIDE", "VQGAN", "--out", "x.jpg"], "can only be a .png"),
-        (["x", "GUIDE", "VQGAN", "--device", "cuda:9"], "cuda:9.* can't be used here"),
-        (["x", "GUIDE", "--generator", "BIGGAN", "--init", "PHOTO"], "A BigGAN can't begin with a picture"),
+        ("'' --guide MODEL --generator VQGAN", "prompt is empty"),
+        ("x --guide embedded --generator VQGAN", "embedded is for ONNX Runtime"),
+        ("x --guide MODEL --generator nowhere", "nowhere is no folder of a generator"),
+        ("x --guide MODEL --generator MODEL", "neither a VQGAN .* nor a BigGAN-deep"),
+        ("x --guide MODEL --generator owner/name", "can't be reached"),
+        ("x --guide MODEL --generator VQGAN --size 17", "multiple of 2 pixels; give --size 16"),
+        ("x --guide MODEL --generator VQGAN --steps 0", "has no prior, so --steps 0 would paint nothing"),
+        ("x --guide MODEL --generator VQGAN --strength 0.5", "--strength would change nothing"),
+        ("x --guide MODEL --generator VQGAN --truncation 0.5", "--truncation would change nothing"),
+        ("x --guide MODEL --generator VQGAN --init nowhere.png", "nowhere.png: no such file"),
+        ("x --guide MODEL --generator VQGAN --video x.avi", "can be a .gif or a .mp4"),
+        ("x --guide MODEL --generator VQGAN --out x.jpg", "can only be a .png"),
+        ("x --guide MODEL --generator VQGAN --device cuda:9", "cuda:9.* can't be used here"),
+        ("x --guide MODEL --generator BIGGAN --init RED", "A BigGAN can't begin with a picture"),
+        ("x --guide MODEL --generator BIGGAN --size 32", "BigGAN paints pictures of 16 pixels"),
     ],
 )
-def test_one_sentence_for_what_cannot_be_painted(words, message, model_folder, vqgan, biggan, photos, tmp_path):
-    names = {
-        "GUIDE": ["--guide", model_folder],
-        "VQGAN": ["--generator", vqgan],
-        "MODEL": [model_folder],
-        "BIGGAN": [biggan],
-        "PHOTO": [photos / "red.png"],
-    }
-    # what is named twice, as in "--generator VQGAN", is the name alone
-    words = [
-        ["--generator", vqgan][1:] if word == "VQGAN" and words[place - 1] == "--generator" else names.get(word, [word])
-        for place, word in enumerate(words)
-    ]
-    done = run(*(part for word in words for part in word), "--steps" if "--steps" not in str(words) else "--seed", 1)
+def test_one_sentence_for_what_cannot_be_painted(words, message, model_folder, vqgan, biggan, photos):
+    names = {"MODEL": model_folder, "VQGAN": vqgan, "BIGGAN": biggan, "RED": photos / "red.png"}
+    done = run(*(names.get(word, word) for word in shlex.split(words)))
     assert done.exit_code == 1, done.output
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1

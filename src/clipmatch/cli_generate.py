@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from clipmatch.generation.optimise import Progress
     from clipmatch.generation.painter import PaintConfig, Painted, Painter
 
+DEMO = Path("clipmatch-demo")  # where clipmatch demo --generate leaves a guide and a generator, if not told otherwise
+
 
 @click.command("generate")
 @click.argument("prompt")
 @click.option(
-    "--guide", required=True, metavar="NAME", help="Model that says what a picture shows: folder or hub CLIP."
+    "--guide", metavar="NAME", help=f"Model that says what a picture shows: folder or hub CLIP; else that in {DEMO}/."
 )
-@click.option("--generator", required=True, metavar="NAME", help="VQGAN or BigGAN that paints: folder or hub name.")
+@click.option(
+    "--generator", metavar="NAME", help=f"VQGAN or BigGAN that paints: folder or hub name; else that in {DEMO}/."
+)
 @click.option("--out", default="painting.png", show_default=True, metavar="FILE", help="PNG; of several: FILE-1, ...")
 @click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures, ranked.")
 @click.option("--judge", metavar="NAME", help="Another model that ranks them instead of the guide.")
@@ -73,7 +77,8 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     if out.suffix.lower() != ".png":
         raise ClipmatchError(f"The picture {out} can only be a .png, which says how it was made; name it so.")
     film = Film(options["video"], config.steps) if options["video"] else None
-    painter = load_painter(*(options[name] for name in ("guide", "generator", "judge", "device", "truncation")))
+    guide, generator = options["guide"] or of_demo("guide"), options["generator"] or of_demo("generator")
+    painter = load_painter(guide, generator, options["judge"], options["device"], options["truncation"])
     refuse_without_effect(given, painter, config)
     with stop_on_interrupt() as stop, tqdm(total=config.steps, desc="painting", unit="step", delay=0.5) as bar:
 
@@ -97,6 +102,19 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
             f"Stopped after {painted[0].facts['steps']} of {config.steps} steps; this is the best so far.", err=True
         )
         raise SystemExit(130)
+
+
+def of_demo(part: str) -> str:
+    """The demo's guide or generator, when none is named. Raises ClipmatchError if it was not made here."""
+    from clipmatch.generation.demo_generate import GENERATOR, GUIDE
+    from clipmatch.modelfolder import find_local
+
+    folder = DEMO / {"guide": GUIDE, "generator": GENERATOR}[part]
+    if find_local(folder) is None:
+        raise ClipmatchError(
+            f"Which {part}? Name one by --{part}, or make small ones for drawn scenes by: clipmatch demo --generate"
+        )
+    return str(folder)
 
 
 def save(painted: list[Painted], out: Path) -> list[Path]:

@@ -7,10 +7,11 @@ each. Knows nothing of files that are written or of command lines.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,12 @@ from clipmatch.generation.canvas import Canvas, VQCanvas
 from clipmatch.generation.guide import Guide, Targets, load_guide, rows_of
 from clipmatch.generation.optimise import GuidanceConfig, Progress, optimise, start
 from clipmatch.generation.picture import to_image
+from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.prompts import Prompt, parse_prompts
 from clipmatch.generation.vqgan import load_vqgan, vqgan_fingerprint
 from clipmatch.hub import hub_error, offline
 from clipmatch.modelfolder import CONFIG, hub_config, is_hub_name
 from clipmatch.preprocess import load_image
-
-if TYPE_CHECKING:
-    from clipmatch.generation.prior import Prior
 
 PRIOR = "prior"  # folder inside that of a generator
 
@@ -109,9 +108,12 @@ class Painter:
             return self.canvas.from_picture(load_image(config.init), config.n, size, config.strength)
         if self.prior is None or not isinstance(self.canvas, VQCanvas):
             return start(self.canvas, self.guide, targets, config.n, size, config.seed)
-        mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)[None]  # [1, d]
-        tokens = [self.prior.paint(mixed, seed=config.seed + number) for number in range(config.n)]
-        return self.canvas.from_tokens(torch.cat(tokens), config.strength)
+        side = math.isqrt(self.prior.config.tokens) * self.canvas.factor
+        if config.size not in (None, side):
+            raise ClipmatchError(f"The prior paints pictures of {side} pixels; leave out the size.")
+        mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)  # [d]
+        rows = mixed.expand(config.n, -1).to(self.guide.device)
+        return self.canvas.from_tokens(self.prior.paint(rows, seed=config.seed), config.strength)
 
     def scores(self, pictures: Tensor, prompts: tuple[Prompt, ...], guide_scores: Tensor) -> list[float]:
         """Pictures [n, 3, h, h] -> by the judge their weighted cosines with the prompts; the guide's without one."""
@@ -157,7 +159,7 @@ def load_painter(
     if kind_of_generator(generator, folder / CONFIG) == "BigGAN":
         return Painter(eyes, biggan_canvas(folder, eyes.device, truncation), judge=judge_of(judge))
     canvas = VQCanvas(load_vqgan(folder), vqgan_fingerprint(folder), eyes.device)
-    return Painter(eyes, canvas, prior_of(folder), judge_of(judge))
+    return Painter(eyes, canvas, prior_of(folder, eyes, canvas), judge_of(judge))
 
 
 def find_generator(name: str) -> Path:
@@ -193,13 +195,24 @@ def kind_of_generator(name: str, config: Path) -> str:
     )
 
 
-def prior_of(folder: Path) -> Prior | None:
-    """The prior that lies inside a generator's folder, if there is one."""
-    if not (folder / PRIOR).is_dir():
-        return None
-    from clipmatch.generation.prior import load_prior
+def prior_of(folder: Path, guide: Guide, canvas: Canvas) -> Prior | None:
+    """The prior that lies inside a generator's folder, if there is one.
 
-    return load_prior(folder / PRIOR)
+    Raises ClipmatchError if it knows the embeddings of another guide, or the codes of another generator.
+    """
+    if not (folder / PRIOR / CONFIG).is_file():
+        return None
+    prior = load_prior(folder / PRIOR)
+    if prior.config.guide != guide.fingerprint:
+        raise ClipmatchError(
+            f"The prior in {folder} was trained for another guide ({prior.config.guide}); name that one, or train it "
+            "anew by: clipmatch train-prior"
+        )
+    if prior.config.vqgan != canvas.fingerprint:
+        raise ClipmatchError(
+            f"The prior in {folder} was trained for another VQGAN; train it anew by: clipmatch train-prior"
+        )
+    return prior.to(guide.device)
 
 
 def judge_of(name: str | None) -> BatchedEmbedder | None:
