@@ -66,7 +66,7 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     Ctrl-C stops and keeps the best so far. The same command gives the same picture, bit for bit, on the same machine.
     """
     from clipmatch.generation.painter import PaintConfig, load_painter
-    from clipmatch.generation.picture import Film
+    from clipmatch.generation.picture import Film, check_writable
     from clipmatch.runlog import stop_on_interrupt
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
@@ -76,6 +76,7 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     out = Path(options["out"])
     if out.suffix.lower() != ".png":
         raise ClipmatchError(f"The picture {out} can only be a .png, which says how it was made; name it so.")
+    check_writable(out)
     film = Film(options["video"], config.steps) if options["video"] else None
     guide, generator = options["guide"] or of_demo("guide"), options["generator"] or of_demo("generator")
     painter = load_painter(guide, generator, options["judge"], options["device"], options["truncation"])

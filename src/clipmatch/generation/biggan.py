@@ -293,6 +293,7 @@ class BigGANCanvas:
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device).requires_grad_(False)
         self.fingerprint, self.truncation, self.side = fingerprint, truncation, model.config.output_dim
+        self.facts = {"truncation": truncation}
         self.rates = [0.05, 0.3]
 
     def start(self, n: int, size: int, seed: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ codes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,14 @@ RATE = 0.1  # step of a latent, as a part of the spread of the numbers in the co
 class Canvas(Protocol):
     """What a generator must do for the optimiser. A canvas serves one painting at a time.
 
-    kind: what it is, in a word. fingerprint: of its weights. side: of a picture, in pixels, if none is asked for.
-    tries: how many starts are worth looking at for each picture. rates: step of Adam for each latent tensor.
+    kind: what it is, in a word. fingerprint: of its weights. facts: what else decides its pictures. side: of a picture,
+    in pixels, if none is asked for. tries: how many starts are worth looking at for each picture. rates: step of Adam
+    for each latent tensor.
     """
 
     kind: str
     fingerprint: str
+    facts: dict[str, Any]
     side: int
     tries: int
     rates: list[float]
@@ -74,6 +76,7 @@ class VQCanvas:
     def __init__(self, model: VQModel, fingerprint: str = "", device: torch.device | None = None):
         self.model = model.to(device or torch.device("cpu")).eval().requires_grad_(False)
         self.fingerprint, self.device = fingerprint, self.model.device
+        self.facts: dict[str, Any] = {}
         self.codes = self.model.quantize.embedding.weight  # [k, c]
         self.factor = pixels_per_code(model)  # along a side
         self.side = int(self.model.config.sample_size)

@@ -27,8 +27,8 @@ from clipmatch.generation.picture import to_image
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.prompts import Prompt, parse_prompts
 from clipmatch.generation.vqgan import load_vqgan, vqgan_fingerprint
-from clipmatch.hub import hub_error, offline
-from clipmatch.modelfolder import CONFIG, hub_config, is_hub_name
+from clipmatch.hub import hub_error, looks_local, offline
+from clipmatch.modelfolder import CONFIG
 from clipmatch.preprocess import load_image
 
 PRIOR = "prior"  # folder inside that of a generator
@@ -133,12 +133,15 @@ class Painter:
             "steps": steps,
             "guide": self.guide.fingerprint,
             "generator": f"{self.canvas.kind} {self.canvas.fingerprint}",
+            **self.canvas.facts,
             "judge": self.judge.fingerprint if self.judge else self.guide.fingerprint,
             "score": f"{score:.4f}",
             "Software": f"clipmatch {__version__}",
         }
         if config.init is not None:
-            facts |= {"init": config.init.name, "strength": config.strength}
+            facts["init"] = config.init.name
+        if config.init is not None or self.prior is not None:
+            facts["strength"] = config.strength
         return facts
 
 
@@ -167,15 +170,24 @@ def find_generator(name: str) -> Path:
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         return folder
-    if folder.is_dir() or not is_hub_name(name):
-        raise ClipmatchError(f"{name} is no folder of a generator (it has no {CONFIG}); name one, or one of the hub.")
+    if folder.is_dir() or looks_local(name) or name.count("/") not in (1, 2):
+        raise ClipmatchError(
+            f"{name} is no folder of a generator (it has no {CONFIG}); name one, or one of the hub: OWNER/MODEL, or "
+            "OWNER/MODEL/FOLDER for a part of a pipeline."
+        )
+    kind_of_generator(name, fetch(name, [CONFIG]) / CONFIG)  # before hundreds of megabytes are fetched
+    return fetch(name, [CONFIG, "*.safetensors", PICKLED])
+
+
+def fetch(name: str, patterns: list[str]) -> Path:
+    """Files of a hub repository, or of a folder in it (OWNER/MODEL/FOLDER) -> the local folder that has them."""
     from huggingface_hub import snapshot_download
 
-    kind_of_generator(name, hub_config(name))  # before hundreds of megabytes are fetched
+    owner, model, *inside = name.split("/")
+    prefix = "".join(f"{part}/" for part in inside)
+    wanted = [prefix + pattern for pattern in patterns]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=[CONFIG, "*.safetensors", PICKLED], local_files_only=offline())
-        )
+        return Path(snapshot_download(f"{owner}/{model}", allow_patterns=wanted, local_files_only=offline())) / prefix
     except Exception as error:  # the hub's errors and those of its HTTP library have no common base
         raise hub_error(name, error) from error
 

@@ -36,9 +36,19 @@ def save_png(path: Path, picture: Tensor, facts: Mapping[str, object]) -> None:
         notes.add_text(name, str(value))
     draft = path.with_name(path.name + ".draft")  # a viewer that looks at previews never sees half of one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         to_image(picture).save(draft, "PNG", pnginfo=notes)
         draft.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ClipmatchError if a file can't be written there: better than after an hour of painting."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.unlink()
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -59,6 +69,7 @@ class Film:
                 f"To write {path} takes two more packages; install them with: pip install imageio imageio-ffmpeg, "
                 "or name a .gif."
             )
+        check_writable(path)
 
     def add(self, step: int, pictures: Tensor) -> None:
         """Pictures [n, 3, h, w] in 0..1 as they are after that step."""
@@ -74,7 +85,6 @@ class Film:
         frames = [*(frame[number] for frame in self.frames), np.asarray(to_image(last))]
         rate = len(frames) / SECONDS  # frames a second
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.suffix.lower() == ".gif":
                 save_gif(self.path, frames, rate)
             else:
