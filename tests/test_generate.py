@@ -21,7 +21,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.generation import picture
 from clipmatch.generation.guide import load_guide
 from clipmatch.generation.painter import PaintConfig, load_painter
-from clipmatch.generation.picture import Film, save_png, to_image
+from clipmatch.generation.picture import Film, check_writable, save_png, to_image
 from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
 from clipmatch.generation.vqgan import vqgan_fingerprint
 
@@ -270,6 +270,26 @@ def test_ctrl_c_keeps_the_best_so_far(model_folder, vqgan, tmp_path, monkeypatch
     assert "p.png" in done.stdout
     with Image.open(tmp_path / "p.png") as image:
         assert image.text["steps"] == "5"
+
+
+@pytest.mark.parametrize("inside", ["", "vqvae"])
+def test_generators_of_the_hub(inside, vqgan, model_folder, tmp_path, monkeypatch):
+    """A repository in the hub's cache that is a generator, or has one in a folder; the network is not there."""
+    repository = tmp_path / "hub" / "models--owner--painter"
+    shutil.copytree(vqgan, repository / "snapshots" / "abc" / inside)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    painter = load_painter(str(model_folder), "/".join(["owner/painter", *[inside] * bool(inside)]))
+    assert painter.canvas.fingerprint == vqgan_fingerprint(vqgan)
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_painting(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClipmatchError, match=r"p\.png can't be written"):
+        check_writable(tmp_path / "file" / "p.png")
+    check_writable(tmp_path / "new" / "p.png")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_pixels_are_rounded(tmp_path):
