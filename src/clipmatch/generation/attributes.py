@@ -143,7 +143,10 @@ def train_attributes(
     progress: bool = True,
     steps: int = STEPS,
 ) -> bool:
-    """Pictures uint8 [n, s, s, 3] and labels [n, a] -> whether the network in `out` is finished; goes on if it began."""
+    """Pictures uint8 [n, s, s, 3] and labels [n, a] -> whether the network in `out` is finished.
+
+    Goes on with a run that was begun there.
+    """
     seed_everything(seed)
     learner = AttributeLearner(*train, dev, seed)
     begun = (out / "last").exists()
