@@ -61,7 +61,7 @@ def labels_of(scene: Scene) -> NDArray[np.int64]:
 def named_in(caption: str, scene: Scene) -> NDArray[np.bool_]:
     """Which attributes [a] of the scene its caption names: a caption may leave out a size or the background."""
     groups, _ = ordered(scene)
-    named = labels_of(scene) != ABSENT
+    named: NDArray[np.bool_] = labels_of(scene) != ABSENT
     names = list(CHOICES)
     named[names.index("background")] = any(words in caption for words in GROUND_WORDS[scene.background])
     for number, group in enumerate(groups, start=1):

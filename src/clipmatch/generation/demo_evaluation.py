@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -57,7 +58,7 @@ from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
 from clipmatch.generation.optimise import GuidanceConfig, optimise
 from clipmatch.generation.pixelstore import picture_batch
-from clipmatch.generation.vqgan import VQModel, pictures_of, tokens_of
+from clipmatch.generation.vqgan import pictures_of, tokens_of
 from clipmatch.preprocess import load_image
 from clipmatch.scenes import Scene, read_scenes
 
@@ -176,14 +177,16 @@ def painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pi
     def best_of(count: int) -> Pictures:
         tries = np.stack([paint_rows(vqgan, prior, rows[:count], seed + 10_000 * k) for k in range(CANDIDATES)])
         scores = [(embed(world.guide, one) * world.prompt_rows["guide"][:count]).sum(axis=1) for one in tries]
-        return tries[np.argmax(scores, axis=0), np.arange(count)]
+        chosen: Pictures = tries[np.argmax(scores, axis=0), np.arange(count)]
+        return chosen
 
     def unconditional(count: int) -> Pictures:
         parts = [as_bytes(pictures_of(vqgan, prior.paint(seed=seed + at, n=50))) for at in range(0, count, 50)]
         return np.concatenate(parts)[:count]
 
     def nearest(count: int) -> Pictures:
-        return world.training[(world.prompt_rows["guide"][:count] @ training_rows.T).argmax(axis=1)]
+        found: Pictures = world.training[(world.prompt_rows["guide"][:count] @ training_rows.T).argmax(axis=1)]
+        return found
 
     return {
         "real pictures": lambda count: real[:count],
@@ -230,7 +233,7 @@ def copied(world: World, pictures: Pictures) -> dict[str, float]:
     pictures have passed through the autoencoder first, whose smoothing would otherwise bring the painted ones closer.
     """
     spaces: dict[str, Callable[[Pictures], NDArray[np.float32]]] = {
-        "pixels": lambda found: found.reshape(len(found), -1).astype(np.float32) / 255,
+        "pixels": lambda found: found.reshape(len(found), -1).astype(np.float32) / np.float32(255),
         "judge": lambda found: embed(world.judge, found),
     }
     shares = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -23,9 +24,10 @@ from clipmatch.embedder import BatchedEmbedder, TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import is_begun, is_finished
 from clipmatch.generation.prior import Prior, load_prior
-from clipmatch.generation.priortrain import PriorTraining, train_prior
-from clipmatch.generation.vqgan import VQModel, load_vqgan, pictures_of
-from clipmatch.generation.vqtrain import VQConfig, train_vqgan
+from clipmatch.generation.priortrain import train_prior
+from clipmatch.generation.settings import PriorTraining, VQConfig
+from clipmatch.generation.vqgan import load_vqgan, pictures_of
+from clipmatch.generation.vqtrain import train_vqgan
 from clipmatch.modelfolder import CONFIG
 from clipmatch.runlog import note
 from clipmatch.scenes import generate

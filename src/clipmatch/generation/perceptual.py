@@ -23,6 +23,9 @@ class FeatureDistance(nn.Module):
     states (LPIPS without learnt weights; Zhang et al., CVPR 2018).
     """
 
+    mean: Tensor  # [3, 1, 1]
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, preprocess: PreprocessConfig):
         super().__init__()
         self.backbone, self.size = backbone.eval().requires_grad_(False), preprocess.size
@@ -42,7 +45,8 @@ class FeatureDistance(nn.Module):
         with torch.no_grad():
             wanted = self.features(real)
         pairs = zip(self.features(painted), wanted, strict=True)
-        return torch.stack([(mine - other).square().sum(dim=-1).mean() for mine, other in pairs]).mean()
+        layers = [(mine - other).square().sum(dim=-1).mean() for mine, other in pairs]
+        return torch.stack(layers).mean()
 
 
 def load_distance(name: str | Path) -> FeatureDistance:
@@ -77,11 +81,12 @@ class PatchDiscriminator(nn.Module):
     def fooled(self, painted: Tensor) -> Tensor:
         """The painter's loss; the discriminator does not learn from it."""
         self.requires_grad_(False)
-        loss = -self(painted).mean()
+        loss: Tensor = -self(painted).mean()
         self.requires_grad_(True)
         return loss
 
     def told_apart(self, real: Tensor, painted: Tensor) -> Tensor:
         """The discriminator's own loss."""
         relu = nn.functional.relu
-        return (relu(1 - self(real)).mean() + relu(1 + self(painted)).mean()) / 2
+        loss: Tensor = (relu(1 - self(real)).mean() + relu(1 + self(painted)).mean()) / 2
+        return loss

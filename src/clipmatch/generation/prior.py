@@ -97,7 +97,7 @@ class Prior(nn.Module):
     def apart(self, values: Tensor) -> Tensor:
         """Of each token, by place [n, l, q, ...] -> row by row [n, t, ...]."""
         side, square = math.isqrt(self.config.tokens) // self.config.square, self.config.square
-        grid = values.unflatten(2, (square, square)).unflatten(1, (side, side))  # [n, side, side, square, square, ...]
+        grid = values.view(-1, side, side, square, square, *values.shape[3:])
         return grid.transpose(2, 3).flatten(1, 4)
 
     @torch.no_grad()

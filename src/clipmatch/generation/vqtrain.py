@@ -212,7 +212,7 @@ class VQLearner:
         return {
             "dev_psnr": float(-10 * torch.cat(errors).mean().log10()),  # decibels
             "dev_perplexity": perplexity(used, len(self.codes)),
-            "dev_codes_used": int(used.unique().numel()),
+            "dev_codes_used": int((torch.bincount(used.flatten()) > 0).sum()),
         }
 
 
