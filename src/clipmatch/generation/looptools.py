@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -140,7 +141,7 @@ def restore(learner: Learner, out: Path) -> int:
         for name, optimizer in learner.optimizers.items():
             unpack_optimizer(optimizer, load_file(folder / optimizer_of(name)), state["optimizers"][name])
         return int(state["step"])
-    except (OSError, LookupError, RuntimeError, ValueError) as error:
+    except (OSError, LookupError, RuntimeError, ValueError, SafetensorError) as error:
         raise ClipmatchError(f"The run in {out} is damaged; start anew with another --out.") from error
 
 

@@ -27,19 +27,22 @@ VQ_WEIGHTS = "diffusion_pytorch_model.safetensors"
 def load_vqgan(name: str | Path) -> VQModel:
     """A folder or hub name of a `diffusers.VQModel` -> the model, frozen, in eval mode.
 
+    Of a hub repository that holds several models, add the folder: OWNER/MODEL/FOLDER ("amused/amused-256/vqvae").
     Weights come from safetensors files only. Raises ClipmatchError when there is no such model.
     """
-    source = local_or_name(str(name))
+    source, within = local_or_name(str(name)), dict[str, Any]()
     local = Path(source).is_dir() or looks_local(source)
+    if not local and source.count("/") == 2:
+        source, folder = source.rsplit("/", 1)
+        within = {"subfolder": folder}
     if local and not (Path(source) / CONFIG).is_file():
         raise ClipmatchError(f"{name} holds no VQGAN (it has no {CONFIG}); train one with: clipmatch train-vqgan")
     try:
-        config: dict[str, Any] = VQModel.load_config(source, local_files_only=local or offline())
+        within |= {"local_files_only": local or offline()}
+        config: dict[str, Any] = VQModel.load_config(source, **within)
         if config.get("_class_name") != KIND:
             raise ClipmatchError(f"The model {name} is a {config.get('_class_name')}, not a {KIND}; name another.")
-        model = VQModel.from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local or offline()
-        )
+        model = VQModel.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False, **within)
     except ClipmatchError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub have no common base
@@ -124,8 +127,17 @@ def pictures_of(model: VQModel, tokens: Tensor) -> Tensor:
     """Numbers of codes [b, y * y] -> pictures [b, 3, h, h] in 0..1."""
     side = round(tokens.shape[1] ** 0.5)
     latents = model.quantize.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))  # [b, c, y, y]
-    pictures: Tensor = model.decode(latents, force_not_quantize=True).sample
-    return (pictures.float() / 2 + 0.5).clamp(0, 1)
+    return (decode_latents(model, latents).float() / 2 + 0.5).clamp(0, 1)
+
+
+def decode_latents(model: VQModel, latents: Tensor) -> Tensor:
+    """Latents [b, c, y, y] -> pictures [b, 3, h, h] in -1..1, as they are: none is put in the place of a code.
+
+    (`VQModel.decode` would do that or, by some configs, take them for numbers of codes.)
+    """
+    guide = latents if model.config.norm_type == "spatial" else None
+    pictures: Tensor = model.decoder(model.post_quant_conv(latents), guide)
+    return pictures
 
 
 def vqgan_fingerprint(folder: str | Path) -> str:

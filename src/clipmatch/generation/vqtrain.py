@@ -27,7 +27,7 @@ from clipmatch.generation.looptools import adamw, generator_for, read_state, run
 from clipmatch.generation.perceptual import FeatureDistance, PatchDiscriminator, load_distance
 from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
 from clipmatch.generation.settings import VQConfig
-from clipmatch.generation.vqgan import load_vqgan, nearest_codes, pixels_per_code, small_vqgan
+from clipmatch.generation.vqgan import decode_latents, load_vqgan, nearest_codes, pixels_per_code, small_vqgan
 from clipmatch.runlog import note
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_everything
 from clipmatch.training import absolute_name
@@ -159,7 +159,7 @@ class VQLearner:
         # The gradient passes as if nothing had been rounded; at first nothing is, until there is something to round.
         straight = latents if number < FREE * config.steps else latents + (found - latents).detach()
         with self.autocast():
-            painted = self.model.decode(straight, force_not_quantize=True).sample.float()
+            painted = decode_latents(self.model, straight).float()
         losses["pixels"] = (painted - pictures).abs().mean()
         if self.distance:
             with self.autocast():
