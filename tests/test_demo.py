@@ -107,6 +107,7 @@ def test_a_seed_without_training_is_refused(tmp_path):
     done = run("--seed", 0, "--out", tmp_path / "demo")
     assert done.exit_code == 1
     assert done.stderr == (
-        "Error: Without --train nothing is drawn or learnt, so --seed would change nothing; leave it out.\n"
+        "Error: Without --train or --generate nothing is drawn or learnt, so --seed would change nothing; "
+        "leave it out.\n"
     )
     assert not (tmp_path / "demo").exists()

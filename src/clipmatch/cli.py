@@ -33,6 +33,10 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "export": ("cli_train", "export"),
     "models": ("cli_train", "models"),
     "generate": ("cli_generate", "generate_command"),
+    "train-vqgan": ("cli_paint", "train_vqgan_command"),
+    "train-prior": ("cli_paint", "train_prior_command"),
+    "convert-vqgan": ("cli_paint", "convert_vqgan_command"),
+    "evaluate-generation": ("cli_paint", "evaluate_generation_command"),
 }
 
 

@@ -43,10 +43,11 @@ def device_options(command: Command) -> Command:
 
 @click.command()
 @click.option("--train", is_flag=True, help="Train a small CLIP from nothing instead: three minutes on two CPU cores.")
+@click.option("--generate", is_flag=True, help="Learn to paint instead: ten minutes more, a sheet of pictures.")
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder for all that it makes.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of scenes and training.")
 @click.pass_context
-def demo(context: click.Context, /, train: bool, out: str, seed: int) -> None:
+def demo(context: click.Context, /, train: bool, generate: bool, out: str, seed: int) -> None:
     """Search sample photographs, or train from nothing, offline.
 
     Asks the model that comes with clipmatch for seven things among the photographs of scikit-image, and writes
@@ -54,14 +55,24 @@ def demo(context: click.Context, /, train: bool, out: str, seed: int) -> None:
 
     With --train: draws 8,500 captioned scenes, trains a ViT and a DistilBERT from scratch, measures them on 500
     held-out scenes, answers a few queries and writes DIR/report.html. Interrupted, it goes on where it was.
+
+    With --generate: trains that model if it is not there, then an autoencoder of the scenes (VQGAN) and what paints its
+    codes from a sentence, and writes DIR/painted.png: pictures of 16 sentences whose contents it has never seen.
     """
+    if train and generate:
+        raise ClipmatchError("--generate trains all that it needs; leave out --train.")
+    if generate:
+        from clipmatch.generation.demo_generate import run_generation_demo
+
+        click.echo(run_generation_demo(Path(out), seed))
+        return
     if train:
         from clipmatch.demo_train import run_training_demo
 
         click.echo(run_training_demo(Path(out), seed))
         return
     if context.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
-        refuse_idle({"seed"}, "Without --train nothing is drawn or learnt")
+        refuse_idle({"seed"}, "Without --train or --generate nothing is drawn or learnt")
     from clipmatch.demo import run_demo
 
     click.echo(run_demo(Path(out)))

@@ -61,7 +61,7 @@ def labels_of(scene: Scene) -> NDArray[np.int64]:
 def named_in(caption: str, scene: Scene) -> NDArray[np.bool_]:
     """Which attributes [a] of the scene its caption names: a caption may leave out a size or the background."""
     groups, _ = ordered(scene)
-    named = labels_of(scene) != ABSENT
+    named: NDArray[np.bool_] = labels_of(scene) != ABSENT
     names = list(CHOICES)
     named[names.index("background")] = any(words in caption for words in GROUND_WORDS[scene.background])
     for number, group in enumerate(groups, start=1):
@@ -143,7 +143,10 @@ def train_attributes(
     progress: bool = True,
     steps: int = STEPS,
 ) -> bool:
-    """Pictures uint8 [n, s, s, 3] and labels [n, a] -> whether the network in `out` is finished; goes on if it began."""
+    """Pictures uint8 [n, s, s, 3] and labels [n, a] -> whether the network in `out` is finished.
+
+    Goes on with a run that was begun there.
+    """
     seed_everything(seed)
     learner = AttributeLearner(*train, dev, seed)
     begun = (out / "last").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from clipmatch.data import CaptionedImage
 from clipmatch.embedder import TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.attributes import (
+    STEPS,
     AttributeNet,
     accuracies,
     labels_of,
@@ -30,13 +32,14 @@ from clipmatch.generation.attributes import (
     read_attributes,
     train_attributes,
 )
+from clipmatch.generation.canvas import VQCanvas
 from clipmatch.generation.demo_generate import (
     GENERATOR,
     PRIOR,
+    PRIOR_SETTINGS,
     SCENES,
     STOPPED,
     as_bytes,
-    is_begun,
     load_world,
     paint_rows,
     prepare_scenes,
@@ -49,11 +52,13 @@ from clipmatch.generation.generation_evaluation import (
     nearest_distances,
     r_precision,
 )
+from clipmatch.generation.guide import Guide, Targets
 from clipmatch.generation.judge import SCENES as JUDGE_SCENES
 from clipmatch.generation.judge import make_judge
+from clipmatch.generation.looptools import is_finished
+from clipmatch.generation.optimise import GuidanceConfig, optimise
 from clipmatch.generation.pixelstore import picture_batch
-from clipmatch.generation.vqgan import VQModel, pictures_of, tokens_of
-from clipmatch.modelfolder import CONFIG, WEIGHTS
+from clipmatch.generation.vqgan import pictures_of, tokens_of
 from clipmatch.preprocess import load_image
 from clipmatch.scenes import Scene, read_scenes
 
@@ -61,6 +66,7 @@ Pictures = NDArray[np.uint8]
 CHOICES = 100  # prompts that a picture is matched with
 QUANTILE = 0.01  # of held-out real pictures, that are the nearest to a training picture
 CANDIDATES = 8  # of which the guide chooses, in the row that says so
+LONG, REFINED = 100, 20  # steps of guidance alone, and after the prior
 ATTRIBUTES = "attributes"  # folder of the classifier
 
 
@@ -87,7 +93,7 @@ def evaluate_generation(out: Path, n: int = 500, guided: int = 100, seed: int = 
     guided: prompts of the rows that optimise each picture by the guide, which take seconds a picture.
     Raises ClipmatchError when there is no finished demo or Ctrl-C stopped it.
     """
-    if not (out / GENERATOR / PRIOR / CONFIG).is_file():
+    if not is_finished(out / GENERATOR / PRIOR, PRIOR_SETTINGS.steps):
         raise ClipmatchError(f"{out} holds no finished generator; make one with: clipmatch demo --generate --out {out}")
     splits = prepare_scenes(out, seed)
     world, checks = prepare_world(out, splits.dev[:n], splits.train, seed)
@@ -132,8 +138,11 @@ def prepare_attributes(
 ) -> tuple[AttributeNet, dict[str, float]]:
     """The attribute classifier, trained if it is not there, and its accuracy on real scenes that it has not seen."""
     folder = out / ATTRIBUTES
-    labels = {part: np.stack([labels_of(scenes[row.path.name]) for row in rows]) for part, rows in (("train", train), ("dev", dev))}
-    if not (folder / WEIGHTS).is_file() or is_begun(folder):
+    labels = {
+        part: np.stack([labels_of(scenes[row.path.name]) for row in rows])
+        for part, rows in (("train", train), ("dev", dev))
+    }
+    if not is_finished(folder, STEPS):
         done = train_attributes((read_pictures(train), labels["train"]), (references, labels["dev"]), folder, seed)
         if not done:
             raise ClipmatchError(STOPPED)
@@ -168,14 +177,16 @@ def painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pi
     def best_of(count: int) -> Pictures:
         tries = np.stack([paint_rows(vqgan, prior, rows[:count], seed + 10_000 * k) for k in range(CANDIDATES)])
         scores = [(embed(world.guide, one) * world.prompt_rows["guide"][:count]).sum(axis=1) for one in tries]
-        return tries[np.argmax(scores, axis=0), np.arange(count)]
+        chosen: Pictures = tries[np.argmax(scores, axis=0), np.arange(count)]
+        return chosen
 
     def unconditional(count: int) -> Pictures:
         parts = [as_bytes(pictures_of(vqgan, prior.paint(seed=seed + at, n=50))) for at in range(0, count, 50)]
         return np.concatenate(parts)[:count]
 
     def nearest(count: int) -> Pictures:
-        return world.training[(world.prompt_rows["guide"][:count] @ training_rows.T).argmax(axis=1)]
+        found: Pictures = world.training[(world.prompt_rows["guide"][:count] @ training_rows.T).argmax(axis=1)]
+        return found
 
     return {
         "real pictures": lambda count: real[:count],
@@ -209,7 +220,6 @@ def measure(world: World, paint: Callable[[int], Pictures], count: int | None = 
     return figures
 
 
-
 def embed(model: TorchEmbedder, pictures: Pictures) -> NDArray[np.float32]:
     """Pictures uint8 [n, s, s, 3] -> unit rows [n, d]."""
     return np.concatenate([model.encode_pixels(pictures[at : at + 250]) for at in range(0, len(pictures), 250)])
@@ -223,7 +233,7 @@ def copied(world: World, pictures: Pictures) -> dict[str, float]:
     pictures have passed through the autoencoder first, whose smoothing would otherwise bring the painted ones closer.
     """
     spaces: dict[str, Callable[[Pictures], NDArray[np.float32]]] = {
-        "pixels": lambda found: found.reshape(len(found), -1).astype(np.float32) / 255,
+        "pixels": lambda found: found.reshape(len(found), -1).astype(np.float32) / np.float32(255),
         "judge": lambda found: embed(world.judge, found),
     }
     shares = {}
@@ -235,5 +245,75 @@ def copied(world: World, pictures: Pictures) -> dict[str, float]:
 
 
 def guided_painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pictures]]:
-    """The rows that change each picture step by step as the guide likes."""
-    return {}
+    """The rows that change each picture step by step as the guide likes: alone, in the time that the prior takes and in
+    much more, and after the prior.
+    """
+    guide, canvas, (_, _, prior) = Guide(world.guide), VQCanvas(world.vqgan), load_world(out)
+    rows = torch.from_numpy(world.prompt_rows["guide"])  # [n, d]
+
+    def painted(place: int) -> torch.Tensor:
+        return prior.paint(rows[place : place + 1], seed=seed + place)
+
+    def alone(place: int) -> list[torch.Tensor]:
+        return canvas.start(1, canvas.side, seed + place)
+
+    def after_prior(place: int) -> list[torch.Tensor]:
+        return canvas.from_tokens(painted(place))
+
+    def refine(place: int, begin: Callable[[int], list[torch.Tensor]], steps: int) -> torch.Tensor:
+        targets = Targets(rows[place : place + 1], torch.ones(1))
+        config = GuidanceConfig(steps, seed + place, flip=False)  # captions tell left from right
+        return optimise(canvas, guide, targets, begin(place), config).pictures
+
+    def guided(begin: Callable[[int], list[torch.Tensor]], steps: int) -> Callable[[int], Pictures]:
+        return lambda count: np.concatenate(
+            [as_bytes(refine(place, begin, steps)) for place in tqdm(range(count), desc="guidance", unit="img")]
+        )
+
+    each = seconds_of(lambda: pictures_of(world.vqgan, painted(0)))
+    fixed = seconds_of(lambda: refine(0, alone, 1))
+    step = (seconds_of(lambda: refine(0, alone, 6)) - fixed) / 5
+    equal = max(1, round((each - fixed) / step) + 1)
+    return {
+        f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": guided(alone, equal),
+        f"guidance without the prior, {LONG} steps": guided(alone, LONG),
+        f"prior, then {REFINED} steps of guidance": guided(after_prior, REFINED),
+    }
+
+
+def seconds_of(work: Callable[[], Any], times: int = 3) -> float:
+    """How long it takes: the shortest of some tries, after one that nobody counts."""
+    work()
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures of `evaluate_generation` as text."""
+    lines = [
+        f"{figures['prompts']} held-out prompts, each among {figures['choices']}: chance {figures['chance']:.0%}. "
+        "R@1: R-precision by judge and guide; exact: all named attributes are right; attr: the mean over attributes; "
+        "kernel: kernel distance on the judge's features, not FID; copied: nearer to a training picture than all but "
+        f"{QUANTILE:.0%} of held-out real ones (pixels, judge); s: a picture.",
+        "",
+        f"{'':44}{'n':>4}  R@1 judge (95 %)     guide  exact  attr   kernel   copied        s",
+    ]
+    for name, row in figures["rows"].items():
+        low, high = row["interval_judge"]
+        parts = [value for key, value in row["attributes"].items() if key != "all"]
+        lines.append(
+            f"{name:44}{row['pictures']:>4}  {row['r_precision_judge']:6.1%} ({low:.0%} to {high:.0%})"
+            f"{row['r_precision_guide']:9.1%} {row['attributes']['all']:6.1%} {np.mean(parts):5.1%} "
+            f"{row['kernel_distance']:8.4f}  {row['closer_to_training']['pixels']:5.1%} "
+            f"{row['closer_to_training']['judge']:5.1%} {row['seconds_per_picture']:6.2f}"
+        )
+    checked = figures["attributes_of_held_out_real_pictures"]
+    lines += [
+        "",
+        "The attribute classifier on held-out real pictures: " + ", ".join(f"{a} {b:.1%}" for a, b in checked.items()),
+    ]
+    return "\n".join(lines)

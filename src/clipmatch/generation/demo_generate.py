@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -20,11 +22,12 @@ from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.demo_train import SIZE, train_small
 from clipmatch.embedder import BatchedEmbedder, TorchEmbedder
 from clipmatch.errors import ClipmatchError
-from clipmatch.generation.looptools import LAST
+from clipmatch.generation.looptools import is_begun, is_finished
 from clipmatch.generation.prior import Prior, load_prior
-from clipmatch.generation.priortrain import PriorTraining, train_prior
-from clipmatch.generation.vqgan import VQModel, load_vqgan, pictures_of
-from clipmatch.generation.vqtrain import VQConfig, train_vqgan
+from clipmatch.generation.priortrain import train_prior
+from clipmatch.generation.settings import PriorTraining, VQConfig
+from clipmatch.generation.vqgan import load_vqgan, pictures_of
+from clipmatch.generation.vqtrain import train_vqgan
 from clipmatch.modelfolder import CONFIG
 from clipmatch.runlog import note
 from clipmatch.scenes import generate
@@ -34,8 +37,10 @@ SHEET = "painted.png"
 PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # Together at most ten minutes on two cores (measured; `run_generation_demo` prints what they took).
-VQ_SETTINGS = VQConfig(size=SIZE, steps=1500, batch_size=16, rate=2e-3, perceptual_weight=0.2)
-PRIOR_SETTINGS = PriorTraining(steps=1500, batch_size=48)
+VQ_SETTINGS = VQConfig(
+    size=SIZE, channels=(64,), layers=2, codes=512, code_width=8, steps=1200, batch_size=16, rate=2e-3
+)
+PRIOR_SETTINGS = PriorTraining(square=2, steps=1300, batch_size=48)
 
 
 def run_generation_demo(out: Path, seed: int = 0) -> str:
@@ -76,26 +81,19 @@ def train_generator(out: Path, splits: Splits, seed: int) -> None:
 
     Raises ClipmatchError when Ctrl-C stopped it.
     """
-    from dataclasses import replace
-
     folder, guide = out / GENERATOR, str(out / GUIDE)
-    if not (folder / CONFIG).is_file() or is_begun(folder):
+    if not is_finished(folder, VQ_SETTINGS.steps):
         note("the autoencoder (VQGAN) of the scenes")
         settings = replace(VQ_SETTINGS, perceptual=guide, seed=seed)
         if not train_vqgan([row.path for row in splits.train], folder, settings, resume=is_begun(folder)):
             raise ClipmatchError(STOPPED)
-    if not (folder / PRIOR / CONFIG).is_file() or is_begun(folder / PRIOR):
+    if not is_finished(folder / PRIOR, PRIOR_SETTINGS.steps):
         note("the prior, which paints its codes")
         embedder = TorchEmbedder(load_checkpoint(guide))
         chosen = replace(PRIOR_SETTINGS, seed=seed)
         begun = is_begun(folder / PRIOR)
         if not train_prior(splits.train, folder, embedder, folder / PRIOR, chosen, resume=begun):
             raise ClipmatchError(STOPPED)
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether a run lies there that is not finished."""
-    return (folder / LAST).is_dir()
 
 
 def load_world(out: Path) -> tuple[TorchEmbedder, VQModel, Prior]:

@@ -58,7 +58,8 @@ def kernel_distance(painted: Rows, real: Rows) -> float:
     """
 
     def kernel(a: Rows, b: Rows) -> NDArray[np.float64]:
-        return (a.astype(np.float64) @ b.T + 1) ** 3
+        values: NDArray[np.float64] = (a.astype(np.float64) @ b.T + 1) ** 3
+        return values
 
     def within(a: Rows) -> float:
         values = kernel(a, a)

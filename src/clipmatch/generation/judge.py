@@ -19,13 +19,16 @@ from clipmatch.scenes import generate
 GUIDE_SCENES = 8500  # of the guide's set, train and dev, that the judge's leaves out
 SCENES = "judge-scenes"  # folders beside the guide's
 RUN = "judge"
-DEV = 1000  # scenes of the judge's set that nobody has learnt from: the real pictures that painted ones are held against
+DEV = (
+    1000  # scenes of the judge's set that nobody has learnt from: the real pictures that painted ones are held against
+)
 
 
 def judge_model(vocab_size: int) -> ModelConfig:
     """A ResNet for pictures instead of the guide's ViT, and the guide's kind of text tower."""
     tower = {
         "model_type": "resnet",
+        "image_size": SIZE,  # of the preprocessing; the tower itself takes any
         "embedding_size": 48,
         "hidden_sizes": [64, 128, 256],
         "depths": [2, 2, 2],

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -58,7 +58,7 @@ def run_steps(
 ) -> bool:
     """Take the steps that are left, rates rising and then falling by a cosine -> whether all are done; no after Ctrl-C.
 
-    settings: what the run was asked for, kept for `read_settings`. Raises ClipmatchError if `out` holds another run, or
+    settings: what the run was asked for, kept for `read_state`. Raises ClipmatchError if `out` holds another run, or
     none to resume, or the loss is not finite.
     """
     done = restore(learner, out) if resume else 0
@@ -68,25 +68,25 @@ def run_steps(
     clock, losses = SaveClock(), list[float]()
     if not resume:
         save(learner, out, 0, settings)
-    with RunLog(out, history) as log, stop_on_interrupt() as stop:
-        with tqdm(total=total, initial=done, unit="step", desc="training", disable=not progress) as bar:
-            while done < total and not stop():
-                set_rates(learner, rate_at(done, total, warmup))
-                figures = learner.step(done)
-                if not math.isfinite(figures["loss"]):
-                    raise ClipmatchError(f"The loss is not finite at step {done}; go on with a lower --rate.")
-                done += 1
-                losses.append(figures["loss"])
-                bar.update()
-                bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-                if done % look_every == 0 or done == total:
-                    row = {"kind": "look", "step": done, **figures, "loss": sum(losses) / len(losses)}
-                    log.write(row | learner.look(done))
-                    note(sentence(log.history[-1]))
-                    losses.clear()
-                if done == total or clock.is_due():
-                    with clock.saving():
-                        save(learner, out, done, settings)
+    bar = tqdm(total=total, initial=done, unit="step", desc="training", disable=not progress)
+    with RunLog(out, history) as log, stop_on_interrupt() as stop, bar:
+        while done < total and not stop():
+            set_rates(learner, rate_at(done, total, warmup))
+            figures = learner.step(done)
+            if not math.isfinite(figures["loss"]):
+                raise ClipmatchError(f"The loss is not finite at step {done}; go on with a lower --rate.")
+            done += 1
+            losses.append(figures["loss"])
+            bar.update()
+            bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
+            if done % look_every == 0 or done == total:
+                row = {"kind": "look", "step": done, **figures, "loss": sum(losses) / len(losses)}
+                log.write(row | learner.look(done))
+                note(sentence(log.history[-1]))
+                losses.clear()
+            if done == total or clock.is_due():
+                with clock.saving():
+                    save(learner, out, done, settings)
     if done < total:
         save(learner, out, done, settings)
         note(f"stopped at step {done} of {total}; the run in {out} can be resumed")
@@ -133,7 +133,7 @@ def save(learner: Learner, out: Path, done: int, settings: dict[str, Any]) -> No
 
 
 def restore(learner: Learner, out: Path) -> int:
-    """Put the learner where OUT/last says -> the steps done. Raises ClipmatchError if there is none or it is damaged."""
+    """Put the learner where OUT/last says -> the steps done. Raises ClipmatchError if that can't be done."""
     state, folder = read_state(out), out / LAST
     try:
         for name, part in learner.parts.items():
@@ -141,7 +141,7 @@ def restore(learner: Learner, out: Path) -> int:
         for name, optimizer in learner.optimizers.items():
             unpack_optimizer(optimizer, load_file(folder / optimizer_of(name)), state["optimizers"][name])
         return int(state["step"])
-    except (OSError, LookupError, RuntimeError, ValueError) as error:
+    except (OSError, LookupError, RuntimeError, ValueError, SafetensorError) as error:
         raise ClipmatchError(f"The run in {out} is damaged; start anew with another --out.") from error
 
 
@@ -152,6 +152,16 @@ def read_state(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise ClipmatchError(f"{out} holds no run to resume; start one without --resume.") from None
     return state
+
+
+def is_finished(out: Path, total: int) -> bool:
+    """Whether a run lies there that has taken all its steps."""
+    return is_begun(out) and int(read_state(out)["step"]) == total
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a run lies there, finished or not."""
+    return (out / LAST / STATE).is_file()
 
 
 def weights_of(name: str) -> str:
@@ -167,5 +177,3 @@ def optimizer_of(name: str) -> str:
 def generator_for(seed: int, step: int) -> torch.Generator:
     """The random numbers of a step: the same ones when a resumed run comes to it."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-

@@ -5,6 +5,7 @@ In: pictures [b, 3, s, s] in -1..1, painted and real. Out: losses. Knows nothing
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from clipmatch.checkpoint import load_checkpoint, load_preprocessing
 from clipmatch.config import PreprocessConfig
 from clipmatch.model import as_tokens, build_backbone
-from clipmatch.modelfolder import find_local, is_hub_name, kind_of
-from clipmatch.modelfolder import CONFIG, FORMAT, hub_config
+from clipmatch.modelfolder import CONFIG, FORMAT, find_local, hub_config, is_hub_name, kind_of
 
 
 class FeatureDistance(nn.Module):
-    """How differently a frozen tower sees two pictures, over all its layers (LPIPS without learnt weights; Zhang et al.,
-    CVPR 2018): the mean squared difference of unit hidden states.
+    """How differently a frozen tower sees two pictures, over all its layers: the mean squared difference of unit hidden
+    states (LPIPS without learnt weights; Zhang et al., CVPR 2018).
     """
+
+    mean: Tensor  # [3, 1, 1]
+    std: Tensor
 
     def __init__(self, backbone: nn.Module, preprocess: PreprocessConfig):
         super().__init__()
@@ -42,7 +45,8 @@ class FeatureDistance(nn.Module):
         with torch.no_grad():
             wanted = self.features(real)
         pairs = zip(self.features(painted), wanted, strict=True)
-        return torch.stack([(mine - other).square().sum(dim=-1).mean() for mine, other in pairs]).mean()
+        layers = [(mine - other).square().sum(dim=-1).mean() for mine, other in pairs]
+        return torch.stack(layers).mean()
 
 
 def load_distance(name: str | Path) -> FeatureDistance:
@@ -65,7 +69,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 4, 2, 1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
@@ -77,11 +81,12 @@ class PatchDiscriminator(nn.Module):
     def fooled(self, painted: Tensor) -> Tensor:
         """The painter's loss; the discriminator does not learn from it."""
         self.requires_grad_(False)
-        loss = -self(painted).mean()
+        loss: Tensor = -self(painted).mean()
         self.requires_grad_(True)
         return loss
 
     def told_apart(self, real: Tensor, painted: Tensor) -> Tensor:
         """The discriminator's own loss."""
         relu = nn.functional.relu
-        return (relu(1 - self(real)).mean() + relu(1 + self(painted)).mean()) / 2
+        loss: Tensor = (relu(1 - self(real)).mean() + relu(1 + self(painted)).mean()) / 2
+        return loss

@@ -4,7 +4,10 @@ In: unit rows [n, d] of the guide (of sentences or of pictures), a seed. Out: nu
 it was trained on. Knows nothing of pixels, words or training. The method is MaskGIT's (Chang et al., CVPR 2022), with
 classifier-free guidance as in Muse (Chang et al., ICML 2023).
 
-Letters: n pictures, t tokens of a picture, k codes, d embedding width, w the transformer's width, p prefix tokens.
+A square of tokens, 2 x 2 say, can share a place in the transformer: a quarter of the places, and of the time.
+
+Letters: n pictures, t tokens of a picture, k codes, d embedding width, w the transformer's width, p prefix tokens,
+q tokens that share a place, l places (t / q).
 """
 
 from __future__ import annotations
@@ -37,12 +40,15 @@ class PriorConfig:
     layers: int = 6
     heads: int = 6
     prefix: int = 8  # tokens that carry the embedding
+    square: int = 1  # side of the squares of tokens that share a place
     guide: str = ""
     vqgan: str = ""
 
     def __post_init__(self) -> None:
         require(math.isqrt(self.tokens) ** 2 == self.tokens, "tokens must be a square number", self.tokens)
         require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
+        side = math.isqrt(self.tokens)
+        require(side % self.square == 0, f"square must divide the {side} tokens of a side", self.square)
 
 
 class Prior(nn.Module):
@@ -51,32 +57,48 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig):
         super().__init__()
         self.config = config
-        width, side = config.width, math.isqrt(config.tokens)
+        width, side, shared = config.width, math.isqrt(config.tokens) // config.square, config.square**2
         self.mask = config.codes  # the number of the mask token
-        self.token = nn.Embedding(config.codes + 1, width)
+        self.token = nn.Embedding(config.codes + 1, width // 2)
+        self.gather = nn.Linear(shared * (width // 2), width)
         self.row, self.column = (nn.Parameter(torch.randn(side, width) * 0.02) for _ in range(2))
         self.condition = nn.Linear(config.embed_dim, (config.prefix + 1) * width)
         self.nothing = nn.Parameter(torch.zeros(config.embed_dim))  # the embedding of no prompt
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.codes)
-        nn.init.normal_(self.token.weight, std=0.02)
+        self.spread = nn.Linear(width, shared * (width // 2))
+        self.head = nn.Linear(width // 2, config.codes)
 
     def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
         """Numbers of codes [n, t], some of them `mask`, and rows [n, d] -> logits [n, t, k]."""
         prefix, hidden = self.begin(tokens, embeddings)
-        hidden = torch.cat([prefix, hidden], dim=1)  # [n, p + t, w]
+        hidden = torch.cat([prefix, hidden], dim=1)  # [n, p + l, w]
         for block in self.blocks:
             hidden = block(hidden)
-        logits: Tensor = self.head(self.norm(hidden[:, self.config.prefix :]))  # [n, t, k]
+        spread = self.spread(self.norm(hidden[:, self.config.prefix :]))  # [n, l, q * w / 2]
+        each = spread.unflatten(2, (self.config.square**2, -1))  # [n, l, q, w / 2]
+        logits: Tensor = self.head(nn.functional.gelu(self.apart(each)))  # [n, t, k]
         return logits
 
     def begin(self, tokens: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """-> the prefix [n, p, w], and the tokens [n, t, w] with their places and a trace of the embedding."""
-        places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [t, w]
+        """-> the prefix [n, p, w], and the places [n, l, w]: their tokens, where they are, a trace of the embedding."""
+        places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [l, w]
         scale = self.config.embed_dim**0.5  # a unit row has small numbers
         made = self.condition(embeddings * scale).unflatten(1, (self.config.prefix + 1, self.config.width))
-        return made[:, 1:], self.token(tokens) + places + made[:, :1]
+        hidden = self.gather(self.token(self.together(tokens)).flatten(2))  # [n, l, q] -> [n, l, w]
+        return made[:, 1:], hidden + places + made[:, :1]
+
+    def together(self, tokens: Tensor) -> Tensor:
+        """Tokens row by row [n, t] -> by place [n, l, q]."""
+        side, square = math.isqrt(self.config.tokens), self.config.square
+        grid = tokens.view(-1, side // square, square, side // square, square)
+        return grid.transpose(2, 3).flatten(3).flatten(1, 2)
+
+    def apart(self, values: Tensor) -> Tensor:
+        """Of each token, by place [n, l, q, ...] -> row by row [n, t, ...]."""
+        side, square = math.isqrt(self.config.tokens) // self.config.square, self.config.square
+        grid = values.view(-1, side, side, square, square, *values.shape[3:])
+        return grid.transpose(2, 3).flatten(1, 4)
 
     @torch.no_grad()
     def paint(
@@ -169,7 +191,9 @@ def load_prior(folder: str | Path) -> Prior:
         prior = Prior(from_json(PriorConfig, values["prior"]))
         prior.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ClipmatchError(f"{folder} holds no prior that can be read; train one with: clipmatch train-prior") from error
+        raise ClipmatchError(
+            f"{folder} holds no prior that can be read; train one with: clipmatch train-prior"
+        ) from error
     return prior.eval().requires_grad_(False)
 
 

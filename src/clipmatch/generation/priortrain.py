@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipmatch.config import from_json, require, to_json
+from clipmatch.config import from_json, to_json
 from clipmatch.data import CaptionedImage
 from clipmatch.embedder import BatchedEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import adamw, generator_for, read_state, run_steps
 from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
 from clipmatch.generation.prior import Prior, PriorConfig, save_prior
+from clipmatch.generation.settings import PriorTraining
 from clipmatch.generation.vqgan import load_vqgan, pictures_of, tokens_of, vqgan_fingerprint
 from clipmatch.generation.vqtrain import save_sheet
 from clipmatch.runlog import note
@@ -41,34 +42,6 @@ HELD_OUT = 0.02  # of the pictures, for the figures and the sheets; 256 at most
 SHEET = 8  # prompts on a sheet
 DEV_DRAWS = 1 << 40  # the number of a step that no run comes to: its random numbers are for held-out pictures
 ROWS = "rows.safetensors"  # what is computed once: tokens, embeddings
-
-
-@dataclass(frozen=True)
-class PriorTraining:
-    """How to train."""
-
-    width: int = 192
-    layers: int = 6
-    heads: int = 6
-    prefix: int = 8
-    steps: int = 10_000
-    batch_size: int = 64
-    rate: float = 1e-3
-    weight_decay: float = 0.03
-    unprompted: float = 0.1  # share of the pictures that are learnt without a prompt, for classifier-free guidance
-    captioned: float = 0.7  # share of the prompts that are captions, where there are any; the rest are pictures
-    noise: float = 0.5  # length of the noise on a picture's unit row, at most
-    smoothing: float = 0.1  # of the labels: many codes look alike
-    precision: str | None = None
-    device: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rate", "width", "layers", "heads", "prefix"):
-            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
-        for name in ("unprompted", "captioned", "smoothing"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1", getattr(self, name))
-        require(self.noise >= 0, "noise must not be negative", self.noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +81,7 @@ def train_prior(
         write_rows(rows, vqgan, guide, out, progress)
     data = PriorData(**load_file(out / ROWS))
     codes = load_vqgan(vqgan)
-    shape = {name: getattr(settings, name) for name in ("width", "layers", "heads", "prefix")}
+    shape = {name: getattr(settings, name) for name in ("width", "layers", "heads", "prefix", "square")}
     config = PriorConfig(
         tokens=data.tokens.shape[1],
         codes=len(codes.quantize.embedding.weight),

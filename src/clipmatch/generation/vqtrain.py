@@ -9,7 +9,7 @@ Letters: b pictures, s side in pixels, k codes of c numbers, y side of the grid 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +20,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from clipmatch.config import from_json, require, to_json
+from clipmatch.config import from_json, to_json
 from clipmatch.crawl import list_images
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import adamw, generator_for, read_state, run_steps
 from clipmatch.generation.perceptual import FeatureDistance, PatchDiscriminator, load_distance
 from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
-from clipmatch.generation.vqgan import load_vqgan, nearest_codes, pixels_per_code, small_vqgan
-from clipmatch.modelfolder import CONFIG
+from clipmatch.generation.settings import VQConfig
+from clipmatch.generation.vqgan import decode_latents, load_vqgan, nearest_codes, pixels_per_code, small_vqgan
 from clipmatch.runlog import note
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_everything
+from clipmatch.training import absolute_name
 
 HELD_OUT = 0.02  # of the pictures, for the figures and the sheets; 256 at most
 SHEET = 8  # pictures on a sheet
 FREE = 0.1  # of the steps, in which latents are not yet rounded to codes: a new encoder tells nothing apart
 CODE_DECAY = 0.95  # of the codes' moving averages
 DEAD = 0.1  # a code used less than this part of the mean is put elsewhere
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """How to train. size: side in pixels; perceptual: a model whose image tower says what looks alike."""
-
-    size: int = 64
-    codes: int = 1024
-    code_width: int = 16
-    channels: tuple[int, ...] = (64, 128)
-    layers: int = 1
-    patch: int = 4
-    steps: int = 10_000
-    batch_size: int = 32
-    rate: float = 1e-3
-    commitment: float = 0.25  # weight of the pull on the encoder towards the codes
-    perceptual: str | None = None
-    perceptual_weight: float = 0.5
-    adversarial: float = 0.0  # weight of a patch discriminator, which joins in at a third of the steps; 0: none
-    flip: bool = True  # mirror half of the pictures
-    precision: str | None = None
-    device: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("size", "codes", "code_width", "layers", "patch", "steps", "batch_size", "rate"):
-            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
-        object.__setattr__(self, "channels", tuple(self.channels))  # JSON brings lists
-        factor = self.patch * 2 ** (len(self.channels) - 1)
-        require(self.size % factor == 0, f"size must be a multiple of {factor} pixels, a code's side", self.size)
-        require(all(width % 8 == 0 for width in self.channels), "channels must be multiples of 8", self.channels)
-        require(self.adversarial >= 0, "adversarial must not be negative", self.adversarial)
 
 
 def train_vqgan(
@@ -91,6 +60,7 @@ def train_vqgan(
         saved = read_state(out)["settings"]
         config, model = from_json(VQConfig, saved["config"]), saved["model"]
     config = config or VQConfig()
+    config = replace(config, perceptual=config.perceptual and absolute_name(config.perceptual))
     seed_everything(config.seed)
     reuse_memory()
     vqgan = load_vqgan(model).requires_grad_(True) if model else new_vqgan(config)
@@ -119,7 +89,7 @@ def new_vqgan(config: VQConfig) -> VQModel:
 
 
 class CodeAverage(nn.Module):
-    """Codes as moving averages of the rows that are nearest to them. used [k]: rows a step; sums [k, c]: of the rows."""
+    """Codes as moving averages of the rows nearest to them. used [k]: rows a step; sums [k, c]: of those rows."""
 
     used: Tensor
     sums: Tensor
@@ -189,7 +159,7 @@ class VQLearner:
         # The gradient passes as if nothing had been rounded; at first nothing is, until there is something to round.
         straight = latents if number < FREE * config.steps else latents + (found - latents).detach()
         with self.autocast():
-            painted = self.model.decode(straight, force_not_quantize=True).sample.float()
+            painted = decode_latents(self.model, straight).float()
         losses["pixels"] = (painted - pictures).abs().mean()
         if self.distance:
             with self.autocast():
@@ -242,7 +212,7 @@ class VQLearner:
         return {
             "dev_psnr": float(-10 * torch.cat(errors).mean().log10()),  # decibels
             "dev_perplexity": perplexity(used, len(self.codes)),
-            "dev_codes_used": int(used.unique().numel()),
+            "dev_codes_used": int((torch.bincount(used.flatten()) > 0).sum()),
         }
 
 
@@ -264,8 +234,3 @@ def save_sheet(pictures: Tensor, path: Path, columns: int) -> None:
         sheet[top : top + height, left : left + width] = picture
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path)
-
-
-def is_vqgan(folder: Path) -> bool:
-    """Whether a finished VQGAN lies there."""
-    return (folder / CONFIG).is_file()

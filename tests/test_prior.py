@@ -1,0 +1,149 @@
+"""The prior: what it paints follows from embedding and seed, and what it learns from two kinds of pictures."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from clipmatch.cli import main
+from clipmatch.data import load_captions
+from clipmatch.embedder import load_model
+from clipmatch.errors import ClipmatchError
+from clipmatch.generation import looptools
+from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
+from clipmatch.generation.priortrain import PriorData, PriorLearner, train_prior
+from clipmatch.generation.settings import PriorTraining
+from clipmatch.generation.vqgan import small_vqgan
+from clipmatch.modelfolder import WEIGHTS
+
+SMALL = {"width": 32, "layers": 2, "heads": 2, "prefix": 2}
+FAST = PriorTraining(steps=6, batch_size=8, precision="float32", device="cpu", **SMALL)
+
+
+@pytest.fixture
+def prior():
+    torch.manual_seed(0)
+    return Prior(PriorConfig(tokens=16, codes=10, embed_dim=4, **SMALL)).eval()
+
+
+@pytest.fixture(scope="module")
+def vqgan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vq")
+    torch.manual_seed(0)
+    small_vqgan(32, channels=(8, 16), codes=16, code_width=4).save_pretrained(folder)
+    return folder
+
+
+def unit(*rows):
+    return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
+
+
+def test_the_seed_and_the_embedding_decide_the_picture(prior):
+    rows = unit([1.0, 0, 0, 0], [0, 1.0, 0, 0])
+    painted = prior.paint(rows, seed=5)
+    assert painted.shape == (2, 16)
+    assert 0 <= painted.min() <= painted.max() < 10
+    assert torch.equal(painted, prior.paint(rows, seed=5))
+    assert not torch.equal(painted, prior.paint(rows, seed=6))
+
+
+def test_a_picture_does_not_depend_on_those_painted_along_with_it(prior):
+    rows = unit([1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0])
+    together = prior.paint(rows, seed=5)
+    assert torch.equal(together[2:], prior.paint(rows[2:], seed=7))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12, 40])
+def test_every_token_is_painted_in_however_many_steps(prior, steps):
+    assert prior.paint(unit([1.0, 0, 0, 0]), steps=steps).max() < prior.mask
+    assert prior.paint(n=2, steps=steps).shape == (2, 16)
+
+
+def test_guidance_moves_logits_away_from_those_of_no_prompt(prior):
+    tokens, rows = torch.full((1, 16), prior.mask), unit([1.0, 0, 0, 0])
+    with torch.no_grad():
+        plain, empty = prior(tokens, rows), prior(tokens, prior.nothing[None])
+        torch.testing.assert_close(prior.guided(tokens, rows, 2.0), plain + 2 * (plain - empty))
+        torch.testing.assert_close(prior.guided(tokens, rows, 0.0), plain)
+
+
+def test_it_learns_which_picture_belongs_to_which_prompt(tmp_path):
+    """Two kinds of pictures: all tokens 3, with captions near (1, 0), and all tokens 7, with captions near (0, 1)."""
+    torch.manual_seed(0)
+    kinds = torch.arange(40) % 2
+    captions = unit([1.0, 0.0], [0.0, 1.0])[kinds]
+    data = PriorData(torch.where(kinds == 0, 3, 7)[:, None].repeat(1, 4), -captions, captions, torch.arange(41))
+    prior = Prior(PriorConfig(tokens=4, codes=10, embed_dim=2, **SMALL))
+    settings = PriorTraining(steps=80, batch_size=16, precision="float32", device="cpu", rate=3e-3, **SMALL)
+    learner = PriorLearner(prior, small_vqgan(16, channels=(8, 16), codes=10, code_width=4), data, settings, tmp_path)
+    looptools.run_steps(learner, tmp_path, 80, {}, look_every=80, progress=False)
+    painted = prior.eval().paint(unit([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]))
+    assert painted.tolist() == [[3] * 4, [7] * 4, [3] * 4, [7] * 4]  # the last two: by pictures' own rows
+
+
+def test_noise_only_moves_pictures_and_only_so_far(tmp_path, vqgan, prior):
+    own, captions = unit([1.0, 0, 0, 0]).repeat(40, 1), unit([0, 1.0, 0, 0]).repeat(40, 1)
+    data = PriorData(torch.zeros(40, 16, dtype=torch.long), own, captions, torch.arange(41))
+    learner = PriorLearner(prior, None, data, PriorTraining(noise=0.5, captioned=0.5, **SMALL), tmp_path)
+    rows = learner.prompts(torch.arange(40), torch.Generator().manual_seed(0))
+    asked = rows[:, 1] == 1
+    assert 5 < asked.sum() < 35
+    cosines = rows[~asked] @ own[0]
+    assert cosines.min() >= np.sqrt(1 - 0.5**2) - 1e-6  # the angle is at most that whose sine is the noise
+    assert cosines.std() > 0.001
+
+
+def test_a_folder_brings_the_same_prior(prior, tmp_path):
+    save_prior(prior, tmp_path / "prior")
+    rows = unit([1.0, 0, 0, 0])
+    assert torch.equal(load_prior(tmp_path / "prior").paint(rows), prior.paint(rows))
+    with pytest.raises(ClipmatchError, match="holds no prior"):
+        load_prior(tmp_path)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(scenes, model_folder, vqgan, tmp_path, monkeypatch):
+    rows, guide = load_captions(scenes).rows[:20], load_model(model_folder)
+    assert train_prior(rows, vqgan, guide, tmp_path / "whole", FAST, progress=False)
+    left = iter([False] * 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(looptools, "stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(left, True)))
+        assert not train_prior(rows, vqgan, guide, tmp_path / "broken", FAST, progress=False)
+    assert train_prior(rows, vqgan, guide, tmp_path / "broken", resume=True, progress=False)
+    whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert (tmp_path / "whole" / "samples" / "step-000006.png").is_file()
+
+
+def test_the_command_trains_inside_the_generators_folder(scenes, model_folder, vqgan, tmp_path):
+    import shutil
+
+    generator = tmp_path / "generator"
+    shutil.copytree(vqgan, generator)
+    words = ["train-prior", "--captions", str(scenes), "--generator", str(generator), "--guide", str(model_folder)]
+    done = CliRunner().invoke(main, [*words, "--steps", "2", "--width", "24", "--layers", "1", "--batch-size", "4"])
+    assert done.exit_code == 0, done.output
+    assert "60 pictures" not in done.output  # dev scenes are learnt from too unless a split is named
+    config = load_prior(generator / "prior").config
+    assert (config.tokens, config.codes, config.width) == (16, 16, 24)
+    assert json.loads((generator / "prior" / "log.jsonl").read_text().splitlines()[-1])["dev_loss"] > 0
+
+
+def test_pictures_without_captions_are_enough(photos, model_folder, vqgan, tmp_path):
+    words = ["train-prior", "--captions", str(photos), "--generator", str(vqgan), "--guide", str(model_folder)]
+    words += ["--out", str(tmp_path / "prior"), "--steps", "2", "--width", "24", "--layers", "1", "--batch-size", "2"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "learns from its pictures alone" in done.output
+
+
+def test_tokens_that_share_a_place_keep_their_order():
+    shared = Prior(PriorConfig(tokens=16, codes=10, embed_dim=4, square=2, **SMALL)).eval()
+    tokens = torch.arange(16)[None]
+    places = shared.together(tokens)
+    assert places.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    assert torch.equal(shared.apart(places), tokens)
+    assert shared(tokens % 10, unit([1.0, 0, 0, 0])).shape == (1, 16, 10)
