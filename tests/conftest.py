@@ -6,6 +6,11 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # test files side by side: programs with threads for all cores would stand in line
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import tokenizers
 import torch
