@@ -23,9 +23,14 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
 def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as draft:
-        draft.write_text("half")
-        raise ZeroDivisionError
+
+    def write():
+        with atomic_file(path) as draft:
+            draft.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
     assert tree(tmp_path) == {"page.html": "old"}
 
 
@@ -66,10 +71,15 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path, monkeypatch, moment):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="no room"), atomic_folder(folder) as draft:
-        (draft / "new.txt").write_text("new")
-        if moment == "while it is filled":
-            raise OSError("no room")
+
+    def write():
+        with atomic_folder(folder) as draft:
+            (draft / "new.txt").write_text("new")
+            if moment == "while it is filled":
+                raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert tree(tmp_path) == {"model/old.txt": "old"}
 

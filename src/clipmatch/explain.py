@@ -157,7 +157,8 @@ def sentences_in_general(embedder: BatchedEmbedder) -> NDArray[np.float32]:
     """The row [d] of what sentences have in common: the mean of captions, if a calibration has seen some."""
     if embedder.calibration is not None:
         return np.asarray(embedder.calibration.captions.mean(axis=0), np.float32)
-    return embedder.embed_texts([NOTHING])[0]
+    row: NDArray[np.float32] = embedder.embed_texts([NOTHING])[0]
+    return row
 
 
 def heat_of(places: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
