@@ -57,11 +57,11 @@ def test_the_heat_map_finds_what_is_named(training_demo):
     folder, _ = training_demo
     model, hits = load_model(folder / "run"), []
     scenes = [(name, scene) for name, scene in read_scenes(folder / "scenes").items() if name.startswith("dev")]
-    for name, scene in [pair for pair in scenes if len(pair[1].groups) == 2][:300]:
+    for name, scene in [pair for pair in scenes if len(pair[1].groups) == 2][:200]:
         thing = scene.things[0]
         found = explain(model, f"a {thing.colour} {thing.shape}", folder / "scenes" / "Images" / name)
         x, y = found.peak
         same = [other.box for other in scene.things if (other.colour, other.shape) == (thing.colour, thing.shape)]
         hits.append(any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in same))
-    assert len(hits) == 300
-    assert sum(hits) >= 240
+    assert len(hits) == 200
+    assert sum(hits) >= 160
