@@ -31,7 +31,7 @@ browser:
 		|| echo "No Chromium here: the tests of the page will be skipped." >&2
 
 test: setup browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

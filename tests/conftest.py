@@ -6,6 +6,9 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # files side by side: threads of one for all cores would hold up the other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import tokenizers
 import torch

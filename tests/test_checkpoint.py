@@ -14,6 +14,7 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 from clipmatch import checkpoint as module
+from clipmatch.atomic import aside
 from clipmatch.checkpoint import (
     Checkpoint,
     create_checkpoint,
@@ -230,18 +231,18 @@ def test_a_kill_between_the_two_renames_is_recovered(folder, name):
     before = load_checkpoint(folder).fingerprint
     folder = folder.rename(folder.with_name(name))
     loaded = load_checkpoint(folder)
-    folder.rename(folder.with_name(f"{name}.old"))
+    folder.rename(aside(folder))
     assert load_checkpoint(folder).fingerprint == before
     if name == "best":
         assert load_checkpoint(folder.parent).fingerprint == before  # the run's folder
     save_checkpoint(loaded, folder)
     assert names(folder) == FILES
-    assert not folder.with_name(f"{name}.old").exists()
+    assert not aside(folder).exists()
 
 
 def test_the_old_model_stays_until_the_new_one_is_in_place(tiny, folder, monkeypatch):
     """A save after such a kill must not remove the only model before its own is there."""
-    folder.rename(folder.with_name("model.old"))
+    folder.rename(aside(folder))
     seen, rename = [], Path.rename
 
     def watched(draft, target):
@@ -250,7 +251,7 @@ def test_the_old_model_stays_until_the_new_one_is_in_place(tiny, folder, monkeyp
 
     monkeypatch.setattr(Path, "rename", watched)
     save_checkpoint(tiny, folder)
-    assert seen == ["model.old"]
+    assert seen == [aside(folder).name]
     assert find_folder(folder) == folder
 
 

@@ -30,7 +30,11 @@ from clipmatch.trainer import Trainer
 from clipmatch.training import train
 
 GRAPHS = ("image.onnx", "text.onnx")
-POOLING = {"image_pooling": "mean+max", "text_pooling": "mean"}
+POOLING = {
+    "image_tower": {"model_type": "convnext", "hidden_sizes": [8, 32], "depths": [1, 1], "num_stages": 2},
+    "image_pooling": "mean+max",
+    "text_pooling": "mean",
+}
 
 
 @pytest.fixture(scope="module")

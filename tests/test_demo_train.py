@@ -5,6 +5,9 @@ import re
 
 from clipmatch.data import load_captions
 from clipmatch.demo_train import is_unfinished, small_settings
+from clipmatch.embedder import load_model
+from clipmatch.explain import explain
+from clipmatch.scenes import read_scenes
 
 
 def test_the_demo_keeps_its_promise(training_demo):
@@ -47,3 +50,18 @@ def test_a_finished_run_is_not_resumed(training_demo):
     state = folder / "run" / "last" / "state.json"
     values = json.loads(state.read_text())
     assert values["step"] == values["total"]
+
+
+def test_the_heat_map_finds_what_is_named(training_demo):
+    """In held-out scenes with two groups of things the hottest place lies on the one that is asked for."""
+    folder, _ = training_demo
+    model, hits = load_model(folder / "run"), []
+    scenes = [(name, scene) for name, scene in read_scenes(folder / "scenes").items() if name.startswith("dev")]
+    for name, scene in [pair for pair in scenes if len(pair[1].groups) == 2][:200]:
+        thing = scene.things[0]
+        found = explain(model, f"a {thing.colour} {thing.shape}", folder / "scenes" / "Images" / name)
+        x, y = found.peak
+        same = [other.box for other in scene.things if (other.colour, other.shape) == (thing.colour, thing.shape)]
+        hits.append(any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in same))
+    assert len(hits) == 200
+    assert sum(hits) >= 160

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import tiny_config
 from PIL import Image
 
 from clipmatch.cli import main
@@ -10,6 +11,7 @@ from clipmatch.demo import sample_photographs
 from clipmatch.embedder import TorchEmbedder, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.explain import explain, warm
+from clipmatch.model import CLIPModel
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +60,21 @@ def test_a_model_without_places_is_asked_part_by_part(tiny, cat_beside_blank):
     """Only the left half of the picture changes what this model says of it."""
     embedder = TorchEmbedder(tiny)
     assert embedder.encode_places(np.zeros((1, 32, 32, 3), np.uint8)) is None  # a class token
-    embedder.encode_pixels = lambda pixels: np.stack([np.array([part[:, :16].std(), 50.0]) for part in pixels])
-    embedder.encode_strings = lambda texts: np.tile([1.0, 0.0], (len(texts), 1))
+    embedder.encode_pixels = lambda pixels: np.stack([np.array([part[:, :16].std() / 50, 1.0]) for part in pixels])
+    embedder.encode_strings = lambda texts: np.array([[0.0, 1.0] if text == "." else [1.0, 0.0] for text in texts])
     heat = explain(embedder, "circle", cat_beside_blank).heat
-    assert heat.shape == (7, 7)
-    assert heat[:, :3].max() == 1
-    assert heat[:, 5:].max() == 0
+    assert heat.shape == (8, 8)
+    assert heat[:, :4].max() == 1
+    assert heat[:, 6:].max() == 0  # parts that begin there lie in the right half alone
+
+
+def test_only_an_average_of_convolutions_knows_places(vocabulary, tiny):
+    """What a transformer's average has of a place may be of any other, which attention brought there."""
+    averaged = tiny_config(vocabulary.vocab_size, image_pooling="mean")
+    assert not CLIPModel(averaged).has_places
+    tower = {"model_type": "convnext", "hidden_sizes": [8, 24], "depths": [1, 1], "num_stages": 2}
+    convolutions = tiny_config(vocabulary.vocab_size, image_tower=tower, image_pooling="mean")
+    assert CLIPModel(convolutions).has_places
 
 
 def test_a_flat_map_is_not_blown_up():

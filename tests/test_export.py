@@ -166,17 +166,18 @@ def test_other_towers(vocabulary, tmp_path, towers):
 
 
 def test_the_grid_embeds_each_place_alone(vocabulary, tmp_path):
-    checkpoint = checkpoint_of(vocabulary, image_pooling="mean")
+    checkpoint = checkpoint_of(vocabulary, **TOWERS["convnext, mean"])
     attention = checkpoint.model.image_encoder.backbone.config._attn_implementation
     write_graphs(checkpoint, tmp_path)
     assert checkpoint.model.image_encoder.backbone.config._attn_implementation == attention  # as it was
     session = open_session(tmp_path / "image.onnx")
     embedding, features, grid = session.run(["embedding", "features", "grid"], {"pixels": noise(2)})
-    assert grid.shape == (2, 16, 16)  # 4 x 4 patches, 16 numbers each
+    assert grid.shape == (2, 16, 16)  # 4 x 4 places, 16 numbers each
     model = checkpoint.model
     with torch.no_grad():
         pixels = torch.from_numpy(checkpoint.transform.normalise(noise(2)))
-        hidden = model.image_encoder.backbone(pixel_values=pixels).last_hidden_state[:, 1:]
+        maps = model.image_encoder.backbone(pixel_values=pixels).last_hidden_state
+        hidden = maps.flatten(2).transpose(1, 2)
         expected = model.project_image(hidden[0, 5][None])[0].numpy()
     np.testing.assert_allclose(grid[0, 5], expected, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(grid, axis=-1), 1, atol=1e-5)

@@ -31,17 +31,20 @@ from clipmatch.ranks import Ranks
 from clipmatch.trainer import Trainer
 from clipmatch.training import open_checkpoint
 
-model, scenes, out, settings = sys.argv[1:]
-settings = from_json(TrainConfig, json.loads(settings))
-trainer = Trainer(open_checkpoint(model), split_captions(load_captions(scenes)), settings, None, False, Ranks("cpu"))
-trainer.model.train()
-batch = next(iter(trainer.loader()))
-loss = trainer.objective.backward(batch, 0)
-learning = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
-trainer.ranks.average_gradients(learning.values())
-if trainer.ranks.is_first:
-    save_file({name: value.grad.contiguous() for name, value in learning.items()}, out)
-    print(json.dumps([len(batch.image_ids), loss]))
+model, scenes, *cases = sys.argv[1:]
+ranks = Ranks("cpu")
+for case in cases:
+    settings = from_json(TrainConfig, json.loads(case))
+    trainer = Trainer(open_checkpoint(model), split_captions(load_captions(scenes)), settings, None, False, ranks)
+    trainer.model.train()
+    batch = next(iter(trainer.loader()))
+    loss = trainer.objective.backward(batch, 0)
+    learning = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    ranks.average_gradients(learning.values())
+    if ranks.is_first:
+        found = {name: value.grad.contiguous() for name, value in learning.items()}
+        save_file(found, f"{settings.out}/two.safetensors")
+        print(json.dumps([len(batch.image_ids), loss]))
 """
 
 
@@ -69,43 +72,43 @@ def launch(*arguments):
     return done
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tune_image": "all", "tune_text": "all", "chunk": 3},
-        {"tune_text": 1, "loss": "sigmoid"},
-        {"loss": "hinge", "teachers": True},
-    ],
-    ids=["heads", "whole-in-chunks", "sigmoid", "hinge-and-teacher"],
-)
-def test_two_processes_have_the_gradient_of_one(sure, scenes, tmp_path, changes):
-    """Of a batch of 15, one has 8 pairs and the other 7."""
-    if changes.get("teachers"):
-        changes = {**changes, "teachers": (str(sure),)}
-    settings = TrainConfig(out=str(tmp_path / "run"), batch_size=15, precision="float32", device="cpu", **changes)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    words = json.dumps(
-        {name: getattr(settings, name) for name in ("out", "batch_size", "precision", "device", *changes)}
-    )
-    done = launch(tmp_path / "gradients.py", sure, scenes, tmp_path / "two.safetensors", words)
-    size, loss = json.loads(done.stdout)
-    assert size == 8
+CASES = {
+    "heads": {},
+    "whole-in-chunks": {"tune_image": "all", "tune_text": "all", "chunk": 3},
+    "sigmoid": {"tune_text": 1, "loss": "sigmoid"},
+    "hinge-and-teacher": {"loss": "hinge"},
+}
 
-    one = Trainer(open_checkpoint(sure), split_captions(load_captions(scenes)), settings, None, False)
+
+def test_two_processes_have_the_gradient_of_one(sure, scenes, tmp_path):
+    """Of a batch of 15, one has 8 pairs and the other 7."""
+    common, cases = {"batch_size": 15, "precision": "float32", "device": "cpu"}, []
+    for name, changes in CASES.items():
+        (tmp_path / name).mkdir()
+        teachers = {"teachers": (str(sure),)} if name.endswith("teacher") else {}
+        cases.append({"out": str(tmp_path / name), **common, **changes, **teachers})
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    done = launch(tmp_path / "gradients.py", sure, scenes, *map(json.dumps, cases))
+    for case, line in zip(cases, done.stdout.splitlines(), strict=True):
+        check_gradients(TrainConfig(**case), sure, scenes, *json.loads(line))
+
+
+def check_gradients(settings, model, scenes, size, loss):
+    """The loss and the gradients of two processes, against those of one."""
+    assert size == 8
+    one = Trainer(open_checkpoint(model), split_captions(load_captions(scenes)), settings, None, False)
     one.model.train()
     batch = next(iter(one.loader()))
     assert len(batch.image_ids) == 15
-    assert one.objective.backward(batch, 0) == pytest.approx(loss, rel=1e-5)
+    assert one.objective.backward(batch, 0) == pytest.approx(loss, rel=1e-5), settings
     expected = {name: value.grad for name, value in one.model.named_parameters() if value.requires_grad}
-    found = load_file(tmp_path / "two.safetensors")
+    found = load_file(f"{settings.out}/two.safetensors")
     assert found.keys() == expected.keys()
     assert "log_logit_scale" in found
     for name, value in expected.items():
         value = torch.zeros_like(found[name]) if value is None else value
         near = 1e-3 * float(value.abs().max()) + 1e-7  # float32, summed in another order
-        assert float((found[name] - value).abs().max()) <= near, name
+        assert float((found[name] - value).abs().max()) <= near, (settings, name)
 
 
 def test_a_run_of_two_processes_is_that_of_one(sure, scenes, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -245,6 +246,22 @@ def test_small_pictures_are_made_once_and_upright(client, own_cache):
     again = client.get("/" + photo["thumb"], headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert "immutable" not in client.get(f"/api/photos/{photo['id']}/thumb").headers["cache-control"]
+
+
+def test_pictures_that_nobody_looks_at_any_more_are_removed(album, embedded, own_cache):
+    """As a server starts; what has been looked at since stays."""
+    with TestClient(make_app(album.index, embedded), base_url=HOME) as client:
+        first, second = (f"/api/photos/{number}/thumb" for number in list(numbers(client).values())[:2])
+        client.get(first)
+        (wanted,) = own_cache.rglob("*.webp")
+        client.get(second)
+        long_ago = time.time() - 100 * 86_400
+        for path in own_cache.rglob("*.webp"):
+            os.utime(path, (long_ago, long_ago))
+        client.get(first)
+    assert len(list(own_cache.rglob("*.webp"))) == 2
+    with TestClient(make_app(album.index, embedded), base_url=HOME):
+        assert list(own_cache.rglob("*.webp")) == [wanted]
 
 
 def test_a_large_photograph_becomes_small(tmp_path, embedded):

@@ -25,9 +25,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.atomic import atomic_folder
 from clipmatch.bundle import as_value, bundle
 from clipmatch.calibration import NEAREST, RIVALS, Calibration
 from clipmatch.crawl import GALLERY
@@ -138,7 +138,7 @@ def export_gallery(
         places = [root.path for root in index.store.roots()]
     if not photos:
         raise ClipmatchError("No photograph passes the filters." if where else "The index is empty; nothing to export.")
-    with replaced(target) as draft:
+    with atomic_folder(target) as draft:
         drawn, failures = draw(photos, draft, size, full, progress)
         if not drawn:
             raise ClipmatchError(
@@ -185,23 +185,6 @@ def check_target(folder: Path) -> None:
         raise ClipmatchError(f"The folder {folder} has other things in it; name a new one, or an earlier gallery.")
     if not folder.name:
         raise ClipmatchError(f"{folder} can't be replaced; name a folder in it.")
-
-
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Context: fill a draft beside the folder, which then takes its place; on an error nothing changes."""
-    draft, old = (folder.with_name(f".{folder.name}.clipmatch-{word}") for word in ("draft", "old"))
-    for left in (draft, old):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-    finally:
-        for left in (draft, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 # What

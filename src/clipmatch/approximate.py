@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.atomic import atomic_file
 from clipmatch.runtime import usable_cores
 from clipmatch.vectors import Gallery, Rows
 
@@ -120,14 +120,11 @@ def build_approximate(store: Path, content: str, gallery: Gallery) -> bool:
     faiss = load_faiss()
     if faiss is None:
         return False
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        faiss.write_index(make_index(faiss, gallery), str(draft))
-        draft.replace(path)
+        with atomic_file(path) as draft:
+            faiss.write_index(make_index(faiss, gallery), str(draft))
     except (OSError, RuntimeError):  # a full disk; faiss has no kind of its own
         return False
-    finally:
-        draft.unlink(missing_ok=True)
     return True
 
 

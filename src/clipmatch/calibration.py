@@ -35,6 +35,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import CALIBRATION
 
@@ -197,10 +198,9 @@ class Calibration:
             "dim": self.dim,
             "bank": {"pictures": _pack(self.bank.pictures), "captions": _pack(self.bank.captions)},
         }
-        draft = path.with_name(CALIBRATION + ".draft")
         try:
-            draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
+            with atomic_file(path) as draft:
+                draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ClipmatchError(f"The file {path} can't be written ({error.strerror}).") from error
         return path

@@ -7,8 +7,6 @@ nothing of training loops or image folders.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipmatch.adapters import plain_state
+from clipmatch.atomic import atomic_folder
 from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
@@ -154,7 +153,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, extra: dict[str,
     extra = extra or {}
     folder = Path(folder).expanduser().resolve()
     refuse_foreign(folder, {CONFIG, WEIGHTS, TOKENIZER, CALIBRATION, *extra})
-    with atomic_folder(folder) as draft:
+    with model_draft(folder) as draft:
         tensors = {name: value.detach().cpu().contiguous() for name, value in plain_state(checkpoint.model).items()}
         save_file(tensors, draft / WEIGHTS)
         checkpoint.tokenizer.save(draft / TOKENIZER)
@@ -265,32 +264,11 @@ def push_to_hub(model: CLIPModel, repo_id: str, folder: str | Path | None = None
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Context: fill a draft folder, which then takes the place of `folder`; on an error nothing changes.
-
-    A folder can't be replaced in one system call everywhere, so the old one steps aside as NAME.old for a moment;
-    `find_folder` looks there if a crash falls into that moment. Raises ClipmatchError when it can't be written.
-    """
-    draft, old = (folder.with_name(folder.name + suffix) for suffix in (".draft", ".old"))
-    shutil.rmtree(draft, ignore_errors=True)
+def model_draft(folder: Path) -> Iterator[Path]:
+    """Context: `atomic_folder` for a model's. Raises ClipmatchError when it can't be written."""
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        for path in draft.iterdir():  # on disk before the switch, or a power cut leaves an empty file
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        replace_folder(folder, draft, old)
+        with atomic_folder(folder) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClipmatchError(f"The folder {folder} can't be written ({reason}); choose another.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def replace_folder(folder: Path, draft: Path, old: Path) -> None:
-    """Put `draft` in the place of `folder`; at every moment a whole model lies in `folder` or in `old`."""
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

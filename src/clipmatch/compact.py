@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from onnx.utils import Extractor
 from torch import Tensor, nn
 
-from clipmatch.checkpoint import Checkpoint, atomic_folder, model_config, refuse_foreign, write_extra
+from clipmatch.checkpoint import Checkpoint, model_config, model_draft, refuse_foreign, write_extra
 from clipmatch.config import to_json
 from clipmatch.embedder import OnnxEmbedder, embedded_folder
 from clipmatch.errors import ClipmatchError
@@ -78,7 +78,7 @@ class OnnxCheckpoint(Checkpoint):
         refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES, *(extra or {})})
         preprocess = to_json(self.transform.config)
         about = {**self.about, LOG_SCALE: self.model.log_logit_scale.item()}
-        with atomic_folder(folder) as draft:
+        with model_draft(folder) as draft:
             for name, graph in self.graphs.items():
                 write_head(graph, head_of(self.model, name))
                 compare_head(graph, self.samples[name], self.project(name, self.samples[name]))

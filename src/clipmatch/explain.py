@@ -3,10 +3,11 @@
 In: a model, a query, an image file. Out: an `Explanation`: a heat map over the picture, and what each word contributes.
 Knows nothing of indexes.
 
-Where: a model whose picture is an average of places embeds each place too (the output "grid" of its image graph), so
-the map is each place's cosine with the query, less that with sentences in general, which takes out what is near to
-every sentence. For other models parts of the picture are covered in turn, and the map is what the cosine loses (Zeiler
-and Fergus, ECCV 2014). Which words: the query is asked once without each, and the cosine's change is the word's part.
+Where: a tower of convolutions that is averaged embeds each place too (the output "grid" of its image graph), and the
+map is each place's cosine with the query, less that with sentences in general, which takes out what is near to every
+sentence. A transformer mixes places: there parts of the picture are blurred in turn, and the map is what that
+difference loses (Zeiler and Fergus, ECCV 2014). Which words: the query is asked once without each, and the cosine's
+change is the word's part.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from clipmatch.embedder import BatchedEmbedder
 from clipmatch.errors import ClipmatchError
@@ -26,8 +27,10 @@ from clipmatch.preprocess import ImageError, load_image
 from clipmatch.query import Query, parse_query
 from clipmatch.search import sum_of_terms
 
-WINDOWS = 7  # along each side, where parts of the picture are covered in turn
-COVERED = 2  # of them, along each side, that are covered at once
+CELLS = 8  # along each side, of which parts of the picture are covered in turn
+COVERED = 3  # of them, along each side, that are covered at once
+BLUR = 1 / 6  # of the side: what covers a part is the picture itself, so far out of focus that no thing can be told
+NOTHING = "."  # a sentence that says nothing stands for sentences in general where a model knows none
 LEAST = 0.02  # rise of a cosine above the picture's middle that shows as full heat; less is paler
 HOT, COLD = (255, 72, 0), (20, 24, 40)  # colours over the hottest and the coldest place
 BAR = 22  # pixels of a word's bar, with its gap
@@ -117,12 +120,12 @@ def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) ->
     except ImageError as error:
         raise ClipmatchError(str(error)) from error
     rows = asked.vectors(embedder)  # [t, d]
-    row = sum_of_terms(asked, rows)
+    contrast = sum_of_terms(asked, rows) - sentences_in_general(embedder)
     pixels = embedder.transform.pixels(picture)
     whole = embedder.encode_pixels(pixels[None])[0]
     places = embedder.encode_places(pixels[None])
-    heat = covered(embedder, pixels, row) if places is None else heat_of(embedder, places[0], row)
-    score, words = float(whole @ row), parts_of(embedder, asked, rows, whole)
+    heat = covered(embedder, pixels, contrast) if places is None else heat_of(places[0], contrast)
+    score, words = float(whole @ sum_of_terms(asked, rows)), parts_of(embedder, asked, rows, whole)
     return Explanation(path, str(asked), score, words, heat, shown_part(embedder, picture.size))
 
 
@@ -150,31 +153,40 @@ def parts_of(
     return tuple(found)
 
 
-def heat_of(embedder: BatchedEmbedder, places: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit rows [p, d] of the places of a picture, row by row, and a query's [d] -> heat [h, w]."""
-    side = math.isqrt(len(places))
-    values = places @ row
+def sentences_in_general(embedder: BatchedEmbedder) -> NDArray[np.float32]:
+    """The row [d] of what sentences have in common: the mean of captions, if a calibration has seen some."""
     if embedder.calibration is not None:
-        values = values - places @ embedder.calibration.captions.mean(axis=0)
-    return warm(values.reshape(side, side))
+        return np.asarray(embedder.calibration.captions.mean(axis=0), np.float32)
+    row: NDArray[np.float32] = embedder.embed_texts([NOTHING])[0]
+    return row
+
+
+def heat_of(places: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit rows [p, d] of the places of a picture, row by row, and a direction [d] -> heat [h, w]."""
+    side = math.isqrt(len(places))
+    return warm((places @ row).reshape(side, side))
 
 
 def covered(embedder: BatchedEmbedder, pixels: NDArray[np.uint8], row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels [s, s, 3] of a picture, and a query's row [d] -> heat [h, w], by covering each part in turn."""
+    """Pixels [s, s, 3] of a picture, and a direction [d] -> heat [h, w], by covering each part in turn.
+
+    Parts reach over the edges, so that each place is covered equally often.
+    """
     side = len(pixels)
-    edges = np.linspace(0, side, WINDOWS + 1).round().astype(int)
-    grey = pixels.mean(axis=(0, 1)).round().astype(np.uint8)
-    corners = [(top, left) for top in range(WINDOWS - COVERED + 1) for left in range(WINDOWS - COVERED + 1)]
-    pictures = np.repeat(pixels[None], len(corners) + 1, axis=0)  # the last one is whole
-    for picture, (top, left) in zip(pictures, corners, strict=False):
-        picture[edges[top] : edges[top + COVERED], edges[left] : edges[left + COVERED]] = grey
-    starts = range(0, len(pictures), embedder.lot)
-    scores = np.concatenate([embedder.encode_pixels(pictures[at : at + embedder.lot]) @ row for at in starts])
-    lost, times = np.zeros((WINDOWS, WINDOWS), np.float32), np.zeros((WINDOWS, WINDOWS), np.float32)
-    for (top, left), score in zip(corners, scores, strict=False):
-        lost[top : top + COVERED, left : left + COVERED] += scores[-1] - score
-        times[top : top + COVERED, left : left + COVERED] += 1
-    return warm(lost / times)
+    edges = np.linspace(0, side, CELLS + 1).round().astype(int)
+    blurred = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(side * BLUR)))
+    starts = range(1 - COVERED, CELLS)
+    parts = [(max(top, 0), top + COVERED, max(left, 0), left + COVERED) for top in starts for left in starts]
+    pictures = np.repeat(pixels[None], len(parts) + 1, axis=0)  # the last one is whole
+    for picture, (top, bottom, left, right) in zip(pictures, parts, strict=False):
+        part = np.s_[edges[top] : edges[min(bottom, CELLS)], edges[left] : edges[min(right, CELLS)]]
+        picture[part] = blurred[part]
+    lots = range(0, len(pictures), embedder.lot)
+    scores = np.concatenate([embedder.encode_pixels(pictures[at : at + embedder.lot]) @ row for at in lots])
+    lost = np.zeros((CELLS, CELLS), np.float32)
+    for (top, bottom, left, right), score in zip(parts, scores, strict=False):
+        lost[top:bottom, left:right] += (scores[-1] - score) / COVERED**2
+    return warm(lost)
 
 
 def warm(values: NDArray[np.float32]) -> NDArray[np.float32]:

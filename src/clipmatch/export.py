@@ -6,7 +6,7 @@ embeddings are from PyTorch's. Knows nothing of training or searching.
     image.onnx  pixels uint8 [b, s, s, 3] -> embedding [b, d], features [b, h]
     text.onnx   input_ids, attention_mask int64 [b, t] -> embedding [b, d], features [b, h]
 
-Unless a class token stands for the picture, image.onnx also has grid [b, p, d]: the embedding of each place alone.
+Where a tower of convolutions is averaged, image.onnx also has grid [b, p, d]: the embedding of each place alone.
 
 Letters: b batch, s side in pixels, t tokens, d embedding width, h tower width, p places in the picture.
 """
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnxscript import ir
 from torch import Tensor, nn
 
-from clipmatch.checkpoint import Checkpoint, atomic_folder, load_checkpoint, refuse_foreign
+from clipmatch.checkpoint import Checkpoint, load_checkpoint, model_draft, refuse_foreign
 from clipmatch.config import to_json
 from clipmatch.crawl import list_images
 from clipmatch.embedder import BatchedEmbedder, OnnxEmbedder, TorchEmbedder, read_batches
@@ -80,7 +80,7 @@ def export_model(model: str | Path, out: str | Path, int8: bool = False, picture
     refuse_foreign(folder, {CONFIG, CALIBRATION, *FILES})
     architecture, preprocess = to_json(checkpoint.model.architecture()), to_json(checkpoint.transform.config)
     about = {**checkpoint.about, LOG_SCALE: checkpoint.model.log_logit_scale.item()}
-    with atomic_folder(folder) as draft:
+    with model_draft(folder) as draft:
         write_graphs(checkpoint, draft)
         checkpoint.tokenizer.save(draft / TOKENIZER)
         if int8:

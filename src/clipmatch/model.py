@@ -352,8 +352,11 @@ class CLIPModel(nn.Module):
 
     @property
     def has_places(self) -> bool:
-        """Whether a place's own features are of the kind that the head knows: averages and maxima of places are."""
-        return "cls" not in self.image_encoder.pooling
+        """Whether a place's own features tell what is there, in terms that the head knows: averages and maxima of
+        places are of their kind. Attention mixes places, so a place of a transformer may tell of any other.
+        """
+        encoder = self.image_encoder
+        return "cls" not in encoder.pooling and not hasattr(encoder.backbone.config, "num_attention_heads")
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Ids and mask [b, t] -> unit vectors [b, d], float32."""

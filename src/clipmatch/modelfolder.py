@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clipmatch.atomic import aside
 from clipmatch.errors import ClipmatchError
 from clipmatch.hub import hub_error, looks_local, offline
 
@@ -54,11 +55,10 @@ def find_folder(name: str | Path) -> Path:
 def find_local(name: str | Path) -> Path | None:
     """The folder on this machine that has the config.json: itself or its `best`; None if there is none.
 
-    NAME.old is what a save that was cut off in its last moment leaves behind.
+    What has stepped aside is left behind by a save that was cut off in its last moment.
     """
     path = EMBEDDED if name == EMBEDDED_NAME else Path(name).expanduser()
-    old = path.absolute().parent / (path.absolute().name + ".old")
-    candidates = (path, path / "best", path / "best.old", old)
+    candidates = (path, path / "best", aside(path / "best"), aside(path.absolute()))
     return next((candidate for candidate in candidates if (candidate / CONFIG).is_file()), None)
 
 

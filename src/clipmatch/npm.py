@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.runtime import cache_folder
 
@@ -81,12 +81,8 @@ def find_archive(package: Package, folder: str | Path | None) -> bytes:
     if not is_whole(package, data):
         raise ClipmatchError(f"What npm delivers as {package} is not what was published under that name; try again.")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    draft = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
+    with atomic_file(kept) as draft:
         draft.write_bytes(data)
-        draft.replace(kept)
-    finally:
-        draft.unlink(missing_ok=True)
     return data
 
 

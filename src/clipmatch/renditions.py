@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
+import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from clipmatch.atomic import atomic_file
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError, load_image, plain_reason
 from clipmatch.runtime import cache_folder
+
+DAY = 86_400  # seconds
+KEPT = 90  # days since a picture was last looked at
 
 SHOWN = {  # formats that every browser shows, and turns upright -> their media types
     ".avif": "image/avif",
@@ -63,14 +67,19 @@ def is_unchanged(photo: Photo) -> bool:
 def render(photo: Photo, kind: Kind) -> tuple[bytes, bool]:
     """A photograph -> the bytes of its picture, and whether they show what was indexed. Raises ImageError."""
     same = is_unchanged(photo)
-    place = cache_folder() / "pictures" / photo.digest[:2] / f"{photo.digest}.{kind.name}.{kind.form}"
+    place = pictures_folder() / photo.digest[:2] / f"{photo.digest}.{kind.name}.{kind.form}"
     if same:
         with contextlib.suppress(OSError):
+            if time.time() - place.stat().st_mtime > DAY:
+                os.utime(place)  # still wanted
             return place.read_bytes(), True
     data = draw(photo.path, kind)
     if same:
-        with contextlib.suppress(OSError):  # a full disk, or one that can't be written: made again next time
-            keep(place, data)
+        # A full disk, or one that can't be written: made again next time. As a whole: another thread may be reading.
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(place) as draft:
+                draft.write_bytes(data)
     return data, same
 
 
@@ -83,14 +92,17 @@ def draw(path: Path, kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
-def keep(place: Path, data: bytes) -> None:
-    """Write a file as a whole, for another thread may be reading it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=place.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).replace(place)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def pictures_folder() -> Path:
+    """Where pictures are kept."""
+    return cache_folder() / "pictures"
+
+
+def forget_unwanted() -> int:
+    """Remove pictures that nobody has looked at for `KEPT` days, whose photographs may be long gone -> their number."""
+    oldest, removed = time.time() - KEPT * DAY, 0
+    for path in pictures_folder().glob("*/*"):
+        with contextlib.suppress(OSError):  # another server may be doing the same
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
 from clipmatch.evaluation import RECALLS, Evaluation, Integers, chance_level
 from clipmatch.preprocess import load_image
@@ -337,16 +337,12 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> Path:
     """Write all of the page or none of it; stray bytes of a name, which are no UTF-8, as backslash escapes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
+        with atomic_file(path) as draft:
+            draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ClipmatchError(f"The page can't be written to {path}: {error.strerror}; choose another place.") from error
-    finally:
-        with suppress(OSError):  # it has become the page, or never was
-            partial.unlink()
     return path
 
 

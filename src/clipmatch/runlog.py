@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipmatch.atomic import atomic_file
 from clipmatch.data import CaptionSet
 from clipmatch.runtime import is_first_process
 
@@ -71,9 +72,9 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path, draft = out / LOG, out / f"{LOG}.draft"
-        draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        draft.replace(path)  # in one step: a run that is killed here keeps its log
+        path = out / LOG
+        with atomic_file(path) as draft:  # a run that is killed here keeps its log
+            draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
         last = history[-1]["step"] if history else 0
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)  # type: ignore[no-untyped-call]

@@ -39,7 +39,7 @@ from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, Term, terms_of
-from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, is_unchanged, render
+from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, forget_unwanted, is_unchanged, render
 from clipmatch.runtime import usable_cores
 from clipmatch.wire import (
     Answer,
@@ -134,6 +134,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = Service(path, embedder)
+        await asyncio.to_thread(forget_unwanted)
         yield
         app.state.service.close()
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clipmatch.atomic import aside
 from clipmatch.checkpoint import (
     Checkpoint,
     create_checkpoint,
@@ -101,7 +102,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def find_state(run: Path, resume: bool) -> dict[str, Any] | None:
     """The saved state of a run to resume; None for a new run. Raises ClipmatchError if the folder does not fit."""
-    saved = next((folder for folder in (run / "last", run / "last.old") if (folder / STATE).is_file()), None)
+    saved = next((folder for folder in (run / "last", aside(run / "last")) if (folder / STATE).is_file()), None)
     if resume:
         if saved is None:
             raise ClipmatchError(f"{run} holds no run to resume; start one without --resume.")

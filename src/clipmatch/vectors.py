@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.atomic import atomic_file
 from clipmatch.calibration import Calibration
 from clipmatch.errors import ClipmatchError
 from clipmatch.runtime import usable_cores
@@ -257,18 +258,11 @@ def write_gallery(path: Path, gallery: Gallery, mark: dict[str, Any]) -> None:
     count, dim = gallery.rows.shape
     header = {**mark, "count": count, "dim": dim, "background": gallery.background is not None}
     header["checksum"] = sum_of(np.frombuffer(small, np.uint8))
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            file.write(json.dumps(header).encode().ljust(HEADER))
-            file.write(small)
-            for rows in in_blocks(gallery.rows):
-                file.write(np.ascontiguousarray(rows, np.float32).data)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the name without what belongs to it
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_file(path) as draft, draft.open("wb") as file:
+        file.write(json.dumps(header).encode().ljust(HEADER))
+        file.write(small)
+        for rows in in_blocks(gallery.rows):
+            file.write(np.ascontiguousarray(rows, np.float32).data)
 
 
 def are_among(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:

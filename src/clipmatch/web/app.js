@@ -570,10 +570,11 @@ function listenForTools() {
   byId("filter").popoverTargetElement = byId("filters");
   byId("filters").addEventListener("toggle", (event) => {
     byId("filter").setAttribute("aria-expanded", event.newState === "open");
-    if (event.newState !== "open") return;
-    fillFilterPanel();
-    byId("filters").querySelector("input")?.focus();
+    const panel = byId("filters");
+    if (event.newState === "open" && !panel.contains(document.activeElement)) panel.querySelector("input")?.focus();
   });
+  // Before it opens: "toggle" comes when it has been seen, and perhaps typed into.
+  byId("filters").addEventListener("beforetoggle", (event) => { if (event.newState === "open") fillFilterPanel(); });
   byId("duplicates").addEventListener("click", () => commit(state.asked.view === "duplicates" ? { view: "" } : { ...emptyQuestion(), view: "duplicates" }));
   byId("statistics").addEventListener("click", showFigures);
   byId("theme").addEventListener("click", nextTheme);
