@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from clipmatch.checkpoint import atomic_folder
+from clipmatch.checkpoint import model_draft
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import write_json
 from clipmatch.optimization import pack_optimizer, rate_at, unpack_optimizer
@@ -122,7 +122,7 @@ def adamw(module: nn.Module, rate: float, decay: float = 0.0, betas: tuple[float
 
 def save(learner: Learner, out: Path, done: int, settings: dict[str, Any]) -> None:
     """Write OUT/last, all of it or nothing."""
-    with atomic_folder(out / LAST) as folder:
+    with model_draft(out / LAST) as folder:
         numbers = {}
         for name, part in learner.parts.items():
             save_file({key: value.contiguous() for key, value in part.state_dict().items()}, folder / weights_of(name))
