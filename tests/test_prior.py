@@ -78,9 +78,9 @@ def test_it_learns_which_picture_belongs_to_which_prompt(tmp_path):
     captions = unit([1.0, 0.0], [0.0, 1.0])[kinds]
     data = PriorData(torch.where(kinds == 0, 3, 7)[:, None].repeat(1, 4), -captions, captions, torch.arange(41))
     prior = Prior(PriorConfig(tokens=4, codes=10, embed_dim=2, **SMALL))
-    settings = PriorTraining(steps=80, batch_size=16, precision="float32", device="cpu", rate=3e-3, **SMALL)
+    settings = PriorTraining(steps=200, batch_size=16, precision="float32", device="cpu", rate=3e-3, **SMALL)
     learner = PriorLearner(prior, small_vqgan(16, channels=(8, 16), codes=10, code_width=4), data, settings, tmp_path)
-    looptools.run_steps(learner, tmp_path, 80, {}, look_every=80, progress=False)
+    looptools.run_steps(learner, tmp_path, 200, {}, look_every=200, progress=False)
     painted = prior.eval().paint(unit([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]))
     assert painted.tolist() == [[3] * 4, [7] * 4, [3] * 4, [7] * 4]  # the last two: by pictures' own rows
 

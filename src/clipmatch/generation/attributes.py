@@ -22,7 +22,7 @@ from clipmatch.drawing import COLOURS, GROUNDS
 from clipmatch.generation.looptools import adamw, generator_for, run_steps
 from clipmatch.generation.pixelstore import batch_rows, picture_batch
 from clipmatch.modelfolder import WEIGHTS
-from clipmatch.runtime import choose_device, choose_precision, seed_everything
+from clipmatch.runtime import choose_device, choose_precision, seed_draws, seed_everything
 from clipmatch.scenes import CONVERSE, GROUND_WORDS, SHAPE_WORDS, SIZE_WORDS, Group, Scene
 
 LAYOUTS = (None, "left of", "above")
@@ -112,7 +112,7 @@ class AttributeLearner:
         """One batch, shifted by some pixels and with a little noise -> its loss."""
         draws = generator_for(self.seed, number)
         rows = batch_rows(len(self.pixels), BATCH, number, self.seed)
-        torch.manual_seed(self.seed * 1_000_003 + number)  # of dropout
+        seed_draws(self.seed * 1_000_003 + number, self.device)  # of dropout
         pictures = picture_batch(self.pixels, rows)
         padded = nn.functional.pad(pictures, (2, 2, 2, 2), mode="replicate")
         left, top = torch.randint(5, (2,), generator=draws).tolist()

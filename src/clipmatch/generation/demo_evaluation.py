@@ -143,8 +143,8 @@ def prepare_attributes(
         for part, rows in (("train", train), ("dev", dev))
     }
     if not is_finished(folder, STEPS):
-        done = train_attributes((read_pictures(train), labels["train"]), (references, labels["dev"]), folder, seed)
-        if not done:
+        known, unknown = (read_pictures(train), labels["train"]), (references, labels["dev"])
+        if not train_attributes(known, unknown, folder, seed, steps=STEPS):
             raise ClipmatchError(STOPPED)
     net = load_attributes(folder)
     return net, accuracies(read_attributes(net, references), labels["dev"], labels["dev"] >= 0)

@@ -182,7 +182,7 @@ class PriorLearner:
         masked = masked.to(self.device)
         with torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype is not None):
             logits = self.prior(tokens.masked_fill(masked, self.prior.mask), embeddings)[masked]
-        return nn.functional.cross_entropy(logits.float(), tokens[masked], label_smoothing=self.settings.smoothing)
+        return nn.functional.cross_entropy(logits.float(), tokens[masked])
 
     @torch.no_grad()
     def look(self, number: int) -> dict[str, Any]:

@@ -58,7 +58,6 @@ class PriorTraining:
     unprompted: float = 0.1  # share of the pictures that are learnt without a prompt, for classifier-free guidance
     captioned: float = 0.7  # share of the prompts that are captions, where there are any; the rest are pictures
     noise: float = 0.5  # length of the noise on a picture's unit row, at most
-    smoothing: float = 0.1  # of the labels: many codes look alike
     precision: str | None = None
     device: str | None = None
     seed: int = 0
@@ -66,6 +65,6 @@ class PriorTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rate", "width", "layers", "heads", "prefix", "square"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
-        for name in ("unprompted", "captioned", "smoothing"):
+        for name in ("unprompted", "captioned"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1", getattr(self, name))
         require(self.noise >= 0, "noise must not be negative", self.noise)

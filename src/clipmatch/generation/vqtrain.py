@@ -34,7 +34,8 @@ from clipmatch.training import absolute_name
 
 HELD_OUT = 0.02  # of the pictures, for the figures and the sheets; 256 at most
 SHEET = 8  # pictures on a sheet
-FREE = 0.1  # of the steps, in which latents are not yet rounded to codes: a new encoder tells nothing apart
+DEV_BATCH = 32
+FREE = 0.3  # of a new model's steps, in which latents are not rounded: codes found too soon know mean colours alone
 CODE_DECAY = 0.95  # of the codes' moving averages
 DEAD = 0.1  # a code used less than this part of the mean is put elsewhere
 
@@ -69,7 +70,7 @@ def train_vqgan(
     if not (out / PIXELS).is_file():
         paths = list_images(pictures) if isinstance(pictures, str | Path) else pictures
         decode_pictures(paths, config.size, out / PIXELS, progress)
-    learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out)
+    learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out, new=model is None)
     note(
         f"training: {sum(value.numel() for value in vqgan.parameters()) / 1e6:.1f} million weights, "
         f"{config.size // pixels_per_code(vqgan)} x {config.size // pixels_per_code(vqgan)} codes a picture; "
@@ -96,14 +97,20 @@ class CodeAverage(nn.Module):
 
     def __init__(self, codes: Tensor):
         super().__init__()
-        self.register_buffer("used", torch.zeros(len(codes)))
-        self.register_buffer("sums", torch.zeros_like(codes))
+        self.register_buffer("used", torch.ones(len(codes)))
+        self.register_buffer("sums", codes.detach().clone())
+
+    def begin(self, codes: Tensor, rows: Tensor, generator: torch.Generator) -> None:
+        """Put all codes [k, c] on rows [m, c] drawn at random."""
+        self.used.zero_()
+        self.sums.zero_()
+        self.update(codes, rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device), generator)
 
     @torch.no_grad()
     def update(self, codes: Tensor, rows: Tensor, nearest: Tensor, generator: torch.Generator) -> None:
         """Move codes [k, c], in place, by rows [m, c] and the number of the code that each is nearest to [m].
 
-        A code that hardly any row is near takes the place of a row drawn at random; at the first step all do.
+        A code that hardly any row is near takes the place of a row drawn at random.
         """
         used = torch.bincount(nearest, minlength=len(codes)).float()  # [k]
         self.used.lerp_(used, 1 - CODE_DECAY)
@@ -117,13 +124,14 @@ class CodeAverage(nn.Module):
 
 
 class VQLearner:
-    """A VQGAN and what it learns by; see `run_steps`."""
+    """A VQGAN and what it learns by; see `run_steps`. new: whether it has not been trained before."""
 
-    def __init__(self, model: VQModel, pixels: NDArray[np.uint8], config: VQConfig, out: Path):
+    def __init__(self, model: VQModel, pixels: NDArray[np.uint8], config: VQConfig, out: Path, new: bool = True):
+        self.free = round(FREE * config.steps) if new else 0  # steps
         self.config, self.pixels, self.out = config, pixels, out
         self.device = choose_device(config.device)
         self.precision = choose_precision(self.device, config.precision)
-        self.model = model.to(self.device, memory_format=torch.channels_last).train()
+        self.model = model.to(self.device).train()
         self.codes = model.quantize.embedding.weight.requires_grad_(False)  # they move by averages, not by gradients
         self.average = CodeAverage(self.codes).to(self.device)
         self.distance: FeatureDistance | None = None
@@ -141,7 +149,7 @@ class VQLearner:
             self.optimizers["critic"] = adamw(self.critic, config.rate / 2, betas=(0.5, 0.9))
 
     def step(self, number: int) -> dict[str, float]:
-        """One batch -> its losses, and the perplexity of its codes: how many are in even use."""
+        """One batch -> its losses."""
         config, draws = self.config, generator_for(self.config.seed, number)
         rows = self.train[batch_rows(len(self.train), config.batch_size, number, config.seed)]
         pictures = self.batch(rows)
@@ -151,15 +159,16 @@ class VQLearner:
         with self.autocast():
             latents = self.model.encode(pictures).latents.float()  # [b, c, y, y]
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [m, c]
-        if number == 0 and not self.average.used.any():  # before the first use: on what there is to be near to
-            self.average.update(self.codes, flat.detach(), torch.zeros(len(flat), dtype=torch.long), draws)
-        nearest = nearest_codes(self.model, latents.detach())  # [b, y * y]
-        found = self.codes[nearest].transpose(1, 2).view_as(latents)
-        losses = {"commitment": nn.functional.mse_loss(latents, found) * config.commitment}
-        # The gradient passes as if nothing had been rounded; at first nothing is, until there is something to round.
-        straight = latents if number < FREE * config.steps else latents + (found - latents).detach()
+        nearest, losses = None, {}
+        if number >= self.free:
+            if number == self.free > 0:
+                self.average.begin(self.codes, flat.detach(), draws)
+            nearest = nearest_codes(self.model, latents.detach())  # [b, y * y]
+            found = self.codes[nearest].transpose(1, 2).view_as(latents)
+            losses["commitment"] = nn.functional.mse_loss(latents, found) * config.commitment
+            latents = latents + (found - latents).detach()  # the gradient passes as if nothing had been rounded
         with self.autocast():
-            painted = decode_latents(self.model, straight).float()
+            painted = decode_latents(self.model, latents).float()
         losses["pixels"] = (painted - pictures).abs().mean()
         if self.distance:
             with self.autocast():
@@ -170,9 +179,9 @@ class VQLearner:
         self.descend("vqgan", loss)
         if self.critic and number >= config.steps // 3:
             self.descend("critic", self.critic.told_apart(pictures, painted.detach()))
-        self.average.update(self.codes, flat.detach(), nearest.flatten(), draws)
-        figures = {name: float(value.detach()) for name, value in losses.items()}
-        return {"loss": float(loss.detach()), **figures, "perplexity": perplexity(nearest, len(self.codes))}
+        if nearest is not None:
+            self.average.update(self.codes, flat.detach(), nearest.flatten(), draws)
+        return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in losses.items()}}
 
     def descend(self, name: str, loss: Tensor) -> None:
         """A step of one of the optimisers."""
@@ -196,11 +205,12 @@ class VQLearner:
         """Figures of the held-out pictures, and a sheet of some: the pictures above, their reconstructions below."""
         tokens, errors, sheet = [], [], Tensor()
         self.model.eval()
-        for start in range(0, len(self.dev), self.config.batch_size):
-            pictures = self.batch(self.dev[start : start + self.config.batch_size])
+        for start in range(0, len(self.dev), DEV_BATCH):
+            pictures = self.batch(self.dev[start : start + DEV_BATCH])
             latents = self.model.encode(pictures).latents
             tokens.append(nearest_codes(self.model, latents))
-            painted = self.model.decode(latents).sample.clamp(-1, 1)
+            found = self.codes[tokens[-1]].transpose(1, 2).view_as(latents)
+            painted = decode_latents(self.model, latents if number <= self.free else found).clamp(-1, 1)
             errors.append((painted - pictures).square().mean(dim=(1, 2, 3)) / 4)  # of values in 0..1
             if not start:
                 sheet = torch.cat([pictures[:SHEET], painted[:SHEET]])
@@ -208,7 +218,7 @@ class VQLearner:
         if not tokens:  # a single picture
             return {}
         used = torch.cat(tokens)
-        save_sheet(sheet / 2 + 0.5, self.out / "samples" / f"step-{number:06}.png", columns=min(SHEET, len(self.dev)))
+        save_sheet(sheet / 2 + 0.5, self.out / "samples" / f"step-{number:06}.png", columns=len(sheet) // 2)
         return {
             "dev_psnr": float(-10 * torch.cat(errors).mean().log10()),  # decibels
             "dev_perplexity": perplexity(used, len(self.codes)),
