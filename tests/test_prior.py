@@ -20,14 +20,14 @@ from clipmatch.generation.settings import PriorTraining
 from clipmatch.generation.vqgan import small_vqgan
 from clipmatch.modelfolder import WEIGHTS
 
-SMALL = {"width": 32, "layers": 2, "heads": 2, "prefix": 2}
+SMALL = {"width": 32, "local_width": 16, "layers": 2, "heads": 2, "prefix": 2}
 FAST = PriorTraining(steps=6, batch_size=8, precision="float32", device="cpu", **SMALL)
 
 
 @pytest.fixture
 def prior():
     torch.manual_seed(0)
-    return Prior(PriorConfig(tokens=16, codes=10, embed_dim=4, **SMALL)).eval()
+    return Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SMALL), torch.randn(10, 3)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_it_learns_which_picture_belongs_to_which_prompt(tmp_path):
     kinds = torch.arange(40) % 2
     captions = unit([1.0, 0.0], [0.0, 1.0])[kinds]
     data = PriorData(torch.where(kinds == 0, 3, 7)[:, None].repeat(1, 4), -captions, captions, torch.arange(41))
-    prior = Prior(PriorConfig(tokens=4, codes=10, embed_dim=2, **SMALL))
+    prior = Prior(PriorConfig(tokens=4, codes=10, code_width=3, embed_dim=2, **SMALL), torch.randn(10, 3))
     settings = PriorTraining(steps=200, batch_size=16, precision="float32", device="cpu", rate=3e-3, **SMALL)
     learner = PriorLearner(prior, small_vqgan(16, channels=(8, 16), codes=10, code_width=4), data, settings, tmp_path)
     looptools.run_steps(learner, tmp_path, 200, {}, look_every=200, progress=False)
@@ -103,6 +103,19 @@ def test_a_folder_brings_the_same_prior(prior, tmp_path):
     assert torch.equal(load_prior(tmp_path / "prior").paint(rows), prior.paint(rows))
     with pytest.raises(ClipmatchError, match="holds no prior"):
         load_prior(tmp_path)
+
+
+def test_codes_that_mean_the_same_begin_with_logits_that_are_alike():
+    torch.manual_seed(0)
+    book = torch.randn(10, 3)
+    book[1] = book[0]
+    prior = Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SMALL), book).eval()
+    prior.head.weight.data.zero_()
+    prior.head.bias.data.zero_()
+    with torch.no_grad():
+        logits = prior(torch.full((1, 16), prior.mask), unit([1.0, 0, 0, 0]))
+    torch.testing.assert_close(logits[..., 0], logits[..., 1])
+    assert (logits[..., 0] - logits[..., 2]).abs().min() > 0
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(scenes, model_folder, vqgan, tmp_path, monkeypatch):
@@ -138,12 +151,3 @@ def test_pictures_without_captions_are_enough(photos, model_folder, vqgan, tmp_p
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert "learns from its pictures alone" in done.output
-
-
-def test_tokens_that_share_a_place_keep_their_order():
-    shared = Prior(PriorConfig(tokens=16, codes=10, embed_dim=4, square=2, **SMALL)).eval()
-    tokens = torch.arange(16)[None]
-    places = shared.together(tokens)
-    assert places.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
-    assert torch.equal(shared.apart(places), tokens)
-    assert shared(tokens % 10, unit([1.0, 0, 0, 0])).shape == (1, 16, 10)

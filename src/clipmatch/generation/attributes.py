@@ -109,7 +109,9 @@ class AttributeLearner:
         self.optimizers: dict[str, Any] = {"attributes": adamw(self.net, RATE, decay=0.05)}
 
     def step(self, number: int) -> dict[str, float]:
-        """One batch, shifted by some pixels and with a little noise -> its loss."""
+        """One batch, shifted by some pixels, more or less blurred and with a little noise -> its loss: so that edges
+        which a generator paints softer than they are drawn do not count as another shape.
+        """
         draws = generator_for(self.seed, number)
         rows = batch_rows(len(self.pixels), BATCH, number, self.seed)
         seed_draws(self.seed * 1_000_003 + number, self.device)  # of dropout
@@ -118,6 +120,8 @@ class AttributeLearner:
         left, top = torch.randint(5, (2,), generator=draws).tolist()
         side = pictures.shape[-1]
         pictures = padded[..., top : top + side, left : left + side]
+        blurred = nn.functional.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
+        pictures = pictures.lerp(blurred, torch.rand((len(rows), 1, 1, 1), generator=draws))
         pictures = pictures + torch.randn(pictures.shape, generator=draws) * 0.05
         labels = self.labels[rows].to(self.device)  # [b, a]
         with torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype is not None):

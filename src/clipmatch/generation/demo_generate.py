@@ -40,7 +40,7 @@ STOPPED = "The demo was stopped; the same command goes on where it was."
 VQ_SETTINGS = VQConfig(
     size=SIZE, channels=(64,), layers=2, codes=512, code_width=8, steps=1200, batch_size=16, rate=2e-3
 )
-PRIOR_SETTINGS = PriorTraining(square=2, steps=1300, batch_size=48)
+PRIOR_SETTINGS = PriorTraining(steps=2600, batch_size=24)
 
 
 def run_generation_demo(out: Path, seed: int = 0) -> str:

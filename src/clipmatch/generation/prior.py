@@ -4,10 +4,12 @@ In: unit rows [n, d] of the guide (of sentences or of pictures), a seed. Out: nu
 it was trained on. Knows nothing of pixels, words or training. The method is MaskGIT's (Chang et al., CVPR 2022), with
 classifier-free guidance as in Muse (Chang et al., ICML 2023).
 
-A square of tokens, 2 x 2 say, can share a place in the transformer: a quarter of the places, and of the time.
+Convolutions look at neighbouring tokens, the transformer at the whole picture, a square of 2 x 2 tokens to a place: a
+quarter of the places, and of the time. Both know what the codes mean to the VQGAN, so that codes which look alike need
+not be learnt one by one.
 
-Letters: n pictures, t tokens of a picture, k codes, d embedding width, w the transformer's width, p prefix tokens,
-q tokens that share a place, l places (t / q).
+Letters: n pictures, t = y * y tokens of a picture, k codes of c numbers, d embedding width, w the transformer's width,
+v that of the convolutions, p prefix tokens, l places (t / 4).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import CONFIG, WEIGHTS, fingerprint_of, write_json
 
 KIND = "clipmatch prior"  # in a folder's config.json
+SQUARE = 2  # side of the squares of tokens that share a place in the transformer
 
 
 @dataclass(frozen=True)
@@ -35,70 +38,79 @@ class PriorConfig:
 
     tokens: int  # of a picture: a square number
     codes: int
+    code_width: int
     embed_dim: int
     width: int = 192
+    local_width: int = 64  # of the convolutions
     layers: int = 6
     heads: int = 6
     prefix: int = 8  # tokens that carry the embedding
-    square: int = 1  # side of the squares of tokens that share a place
     guide: str = ""
     vqgan: str = ""
 
     def __post_init__(self) -> None:
-        require(math.isqrt(self.tokens) ** 2 == self.tokens, "tokens must be a square number", self.tokens)
+        require(self.side**2 == self.tokens, "tokens must be a square number", self.tokens)
+        require(self.side % SQUARE == 0, "the tokens of a side must be even in number", self.side)
         require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
-        side = math.isqrt(self.tokens)
-        require(side % self.square == 0, f"square must divide the {side} tokens of a side", self.square)
+
+    @property
+    def side(self) -> int:
+        """Tokens along a side: y."""
+        return math.isqrt(self.tokens)
 
 
 class Prior(nn.Module):
-    """A bidirectional transformer over an embedding's prefix and the codes, those that are not painted yet masked."""
+    """A bidirectional transformer over an embedding's prefix and the codes, those that are not painted yet masked.
 
-    def __init__(self, config: PriorConfig):
+    book: the VQGAN's codes [k, c]; not given for weights that are loaded, which have them.
+    """
+
+    book: Tensor
+
+    def __init__(self, config: PriorConfig, book: Tensor | None = None):
         super().__init__()
         self.config = config
-        width, side, shared = config.width, math.isqrt(config.tokens) // config.square, config.square**2
+        width, local, side = config.width, config.local_width, config.side // SQUARE
         self.mask = config.codes  # the number of the mask token
-        self.token = nn.Embedding(config.codes + 1, width // 2)
-        self.gather = nn.Linear(shared * (width // 2), width)
+        book = torch.zeros(config.codes, config.code_width) if book is None else (book - book.mean(0)) / book.std()
+        self.register_buffer("book", book)
+        self.token, self.meaning = nn.Embedding(config.codes + 1, local), nn.Linear(config.code_width, local)
+        self.before = nn.Sequential(Neighbours(local), Neighbours(local))
+        self.gather = nn.Conv2d(local, width, SQUARE, SQUARE)
         self.row, self.column = (nn.Parameter(torch.randn(side, width) * 0.02) for _ in range(2))
         self.condition = nn.Linear(config.embed_dim, (config.prefix + 1) * width)
         self.nothing = nn.Parameter(torch.zeros(config.embed_dim))  # the embedding of no prompt
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.spread = nn.Linear(width, shared * (width // 2))
-        self.head = nn.Linear(width // 2, config.codes)
+        self.spread = nn.ConvTranspose2d(width, local, SQUARE, SQUARE)
+        self.after = nn.Sequential(Neighbours(local), Neighbours(local))
+        self.closing = nn.LayerNorm(local)
+        self.head, self.likeness = nn.Linear(local, config.codes), nn.Linear(local, config.code_width)
+        nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
         """Numbers of codes [n, t], some of them `mask`, and rows [n, d] -> logits [n, t, k]."""
-        prefix, hidden = self.begin(tokens, embeddings)
-        hidden = torch.cat([prefix, hidden], dim=1)  # [n, p + l, w]
+        near = self.before(self.look_up(tokens))  # [n, v, y, y]
+        scale = self.config.embed_dim**0.5  # a unit row has small numbers
+        made = self.condition(embeddings * scale).view(len(tokens), -1, self.config.width)  # [n, p + 1, w]
+        places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [l, w]
+        hidden = self.gather(near).flatten(2).transpose(1, 2) + places + made[:, :1]  # [n, l, w]
+        hidden = torch.cat([made[:, 1:], hidden], dim=1)  # [n, p + l, w]
         for block in self.blocks:
             hidden = block(hidden)
-        spread = self.spread(self.norm(hidden[:, self.config.prefix :]))  # [n, l, q * w / 2]
-        each = spread.unflatten(2, (self.config.square**2, -1))  # [n, l, q, w / 2]
-        logits: Tensor = self.head(nn.functional.gelu(self.apart(each)))  # [n, t, k]
+        hidden = self.norm(hidden[:, self.config.prefix :])
+        grid = hidden.transpose(1, 2).unflatten(2, (self.config.side // SQUARE, -1))  # [n, w, y / 2, y / 2]
+        found = self.after(near + self.spread(grid)).flatten(2).transpose(1, 2)  # [n, t, v]
+        found = self.closing(found)
+        logits: Tensor = self.head(found) + self.likeness(found) @ self.book.T  # [n, t, k]
         return logits
 
-    def begin(self, tokens: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """-> the prefix [n, p, w], and the places [n, l, w]: their tokens, where they are, a trace of the embedding."""
-        places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [l, w]
-        scale = self.config.embed_dim**0.5  # a unit row has small numbers
-        made = self.condition(embeddings * scale).unflatten(1, (self.config.prefix + 1, self.config.width))
-        hidden = self.gather(self.token(self.together(tokens)).flatten(2))  # [n, l, q] -> [n, l, w]
-        return made[:, 1:], hidden + places + made[:, :1]
-
-    def together(self, tokens: Tensor) -> Tensor:
-        """Tokens row by row [n, t] -> by place [n, l, q]."""
-        side, square = math.isqrt(self.config.tokens), self.config.square
-        grid = tokens.view(-1, side // square, square, side // square, square)
-        return grid.transpose(2, 3).flatten(3).flatten(1, 2)
-
-    def apart(self, values: Tensor) -> Tensor:
-        """Of each token, by place [n, l, q, ...] -> row by row [n, t, ...]."""
-        side, square = math.isqrt(self.config.tokens) // self.config.square, self.config.square
-        grid = values.view(-1, side, side, square, square, *values.shape[3:])
-        return grid.transpose(2, 3).flatten(1, 4)
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Numbers of codes, some of them `mask` [n, t] -> [n, v, y, y]."""
+        meaning = nn.functional.pad(self.meaning(self.book), (0, 0, 0, 1))  # [k + 1, v]; a mask means nothing
+        vectors = (self.token.weight + meaning)[tokens]  # [n, t, v]
+        grid: Tensor = vectors.transpose(1, 2).reshape(len(tokens), -1, self.config.side, self.config.side)
+        return grid
 
     @torch.no_grad()
     def paint(
@@ -143,6 +155,24 @@ class Prior(nn.Module):
         with_prompt, without = both.chunk(2)
         pushed: Tensor = with_prompt + guidance * (with_prompt - without)
         return pushed
+
+
+class Neighbours(nn.Module):
+    """Two convolutions over neighbouring tokens, beside a residual."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """[n, v, y, y] -> [n, v, y, y]."""
+        found: Tensor = grid + self.layers(grid)
+        return found
 
 
 class Block(nn.Module):

@@ -81,16 +81,18 @@ def train_prior(
         write_rows(rows, vqgan, guide, out, progress)
     data = PriorData(**load_file(out / ROWS))
     codes = load_vqgan(vqgan)
-    shape = {name: getattr(settings, name) for name in ("width", "layers", "heads", "prefix", "square")}
+    shape = {name: getattr(settings, name) for name in ("width", "local_width", "layers", "heads", "prefix")}
+    book = codes.quantize.embedding.weight
     config = PriorConfig(
         tokens=data.tokens.shape[1],
-        codes=len(codes.quantize.embedding.weight),
+        codes=len(book),
+        code_width=book.shape[1],
         embed_dim=data.pictures.shape[1],
         guide=guide.fingerprint,
         vqgan=vqgan_fingerprint(vqgan),
         **shape,
     )
-    learner = PriorLearner(Prior(config), codes, data, settings, out)
+    learner = PriorLearner(Prior(config, book), codes, data, settings, out)
     note(
         f"training: {sum(value.numel() for value in learner.prior.parameters()) / 1e6:.1f} million weights; "
         f"{len(learner.train)} pictures with {len(data.captions)} captions, {len(learner.dev)} pictures held out; "
