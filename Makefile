@@ -30,6 +30,7 @@ browser:
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
 		|| echo "No Chromium here: the tests of the page will be skipped." >&2
 
+# In the order of their names: by default the files of few tests, of which one trains for minutes, come last.
 test: setup browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -68,7 +68,7 @@ def test_a_model_without_places_is_asked_part_by_part(tiny, cat_beside_blank):
     assert heat[:, 6:].max() == 0  # parts that begin there lie in the right half alone
 
 
-def test_only_an_average_of_convolutions_knows_places(vocabulary, tiny):
+def test_only_an_average_of_convolutions_knows_places(vocabulary):
     """What a transformer's average has of a place may be of any other, which attention brought there."""
     averaged = tiny_config(vocabulary.vocab_size, image_pooling="mean")
     assert not CLIPModel(averaged).has_places

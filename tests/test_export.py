@@ -165,11 +165,17 @@ def test_other_towers(vocabulary, tmp_path, towers):
     np.testing.assert_allclose(first.encode_strings(texts), second.encode_strings(texts), atol=1e-4)
 
 
+def test_the_model_computes_attention_as_before(tiny, tmp_path):
+    config = tiny.model.image_encoder.backbone.config
+    attention = config._attn_implementation
+    assert attention != "eager"  # the one that can be written as a graph
+    write_graphs(tiny, tmp_path)
+    assert config._attn_implementation == attention
+
+
 def test_the_grid_embeds_each_place_alone(vocabulary, tmp_path):
     checkpoint = checkpoint_of(vocabulary, **TOWERS["convnext, mean"])
-    attention = checkpoint.model.image_encoder.backbone.config._attn_implementation
     write_graphs(checkpoint, tmp_path)
-    assert checkpoint.model.image_encoder.backbone.config._attn_implementation == attention  # as it was
     session = open_session(tmp_path / "image.onnx")
     embedding, features, grid = session.run(["embedding", "features", "grid"], {"pixels": noise(2)})
     assert grid.shape == (2, 16, 16)  # 4 x 4 places, 16 numbers each

@@ -261,7 +261,8 @@ def test_pictures_that_nobody_looks_at_any_more_are_removed(album, embedded, own
         client.get(first)
     assert len(list(own_cache.rglob("*.webp"))) == 2
     with TestClient(make_app(album.index, embedded), base_url=HOME):
-        assert list(own_cache.rglob("*.webp")) == [wanted]
+        pass
+    assert list(own_cache.rglob("*.webp")) == [wanted]
 
 
 def test_a_large_photograph_becomes_small(tmp_path, embedded):

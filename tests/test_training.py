@@ -607,9 +607,10 @@ main(sys.argv[1:])
     "options",
     [
         ["--views", "2", "--average", "0.9"],
+        ["--tune-image", "1", "--tune-text", "1"],
         ["--tune-image", "all", "--tune-text", "all", "--augment", "--workers", "2", "--accumulate", "2"],
     ],
-    ids=["cached", "whole-with-workers"],
+    ids=["cached", "last-blocks", "whole-with-workers"],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_weights(folder, trained_towers, tmp_path, options):
     """`kill -9`, again and again, wherever it hits: a step, a save, a look at dev, the log."""

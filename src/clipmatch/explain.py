@@ -120,12 +120,13 @@ def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) ->
     except ImageError as error:
         raise ClipmatchError(str(error)) from error
     rows = asked.vectors(embedder)  # [t, d]
-    contrast = sum_of_terms(asked, rows) - sentences_in_general(embedder)
+    row = sum_of_terms(asked, rows)
+    contrast = row - sentences_in_general(embedder)
     pixels = embedder.transform.pixels(picture)
     whole = embedder.encode_pixels(pixels[None])[0]
     places = embedder.encode_places(pixels[None])
     heat = covered(embedder, pixels, contrast) if places is None else heat_of(places[0], contrast)
-    score, words = float(whole @ sum_of_terms(asked, rows)), parts_of(embedder, asked, rows, whole)
+    score, words = float(whole @ row), parts_of(embedder, asked, rows, whole)
     return Explanation(path, str(asked), score, words, heat, shown_part(embedder, picture.size))
 
 

@@ -134,8 +134,9 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = Service(path, embedder)
-        await asyncio.to_thread(forget_unwanted)
+        tidying = asyncio.create_task(asyncio.to_thread(forget_unwanted))  # nobody has to wait for it
         yield
+        await tidying
         app.state.service.close()
 
     app = FastAPI(title="clipmatch", docs_url=None, redoc_url=None, lifespan=lifespan)
