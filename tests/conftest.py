@@ -88,6 +88,27 @@ def model_folder(vocabulary, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vqgan(tmp_path_factory):
+    """A folder of a tiny VQGAN with random weights, as diffusers saves it; to be read only."""
+    from diffusers import VQModel
+
+    folder = tmp_path_factory.mktemp("generators") / "vqgan"
+    torch.manual_seed(0)
+    model = VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=32,
+        sample_size=16,
+    )
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def towers(vocabulary, tmp_path_factory):
     """A vision and a text tower as Hugging Face folders, as the hub would deliver them."""
     folder = tmp_path_factory.mktemp("towers")

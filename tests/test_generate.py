@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_biggan import TINY, published_shapes
@@ -24,25 +23,6 @@ from clipmatch.generation.painter import PaintConfig, load_painter
 from clipmatch.generation.picture import Film, check_writable, save_png, to_image
 from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
 from clipmatch.generation.vqgan import vqgan_fingerprint
-
-
-@pytest.fixture(scope="module")
-def vqgan(tmp_path_factory):
-    """A folder of a tiny VQGAN, as diffusers saves it."""
-    folder = tmp_path_factory.mktemp("generators") / "vqgan"
-    torch.manual_seed(0)
-    model = VQModel(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 16],
-        norm_num_groups=4,
-        latent_channels=4,
-        num_vq_embeddings=32,
-        sample_size=16,
-    )
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

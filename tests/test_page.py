@@ -12,6 +12,7 @@ from album import HOSTILE, HOSTILE_CAPTION, serving
 from playwright.sync_api import expect, sync_playwright
 
 from clipmatch.index import Index
+from clipmatch.studio import Studio
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [
@@ -333,6 +334,62 @@ def test_a_photograph_whose_file_is_gone(visit, album, embedded, tmp_path):
         shot(page, "12_gone")
         tile(page, "lost").click()
         expect(page.get_by_role("dialog").get_by_text("The file is gone")).to_be_visible()
+
+
+# Painting
+
+
+def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
+    with serving(album.index, embedded, studio=Studio(str(model_folder), str(vqgan))) as address:
+        page = visit(f"{address}#q=a+star", allowed="status of 400")
+        settled(page)
+        page.get_by_role("button", name="Paint it").click()
+        easel = page.get_by_role("dialog", name="Paint it")
+        expect(easel.get_by_label("What the picture should show")).to_have_value("a star")
+        easel.get_by_label("Steps").fill("1000")
+        easel.get_by_role("button", name="Paint", exact=True).click()
+        expect(easel.get_by_role("status")).to_have_text(re.compile(r"Step [1-9]\d* of 1000"), timeout=30_000)
+        expect(easel.get_by_role("img", name="What is painted")).to_be_visible()
+        easel.get_by_role("button", name="Stop").click()
+        expect(easel.get_by_role("status")).to_have_text("Stopped.")
+        easel.get_by_label("Steps").fill("3")
+        easel.get_by_label("Steps").press("Enter")
+        expect(easel.get_by_role("img", name="A painting of “a star”")).to_be_visible()
+        expect(easel.get_by_role("status")).to_have_text(re.compile(r"Likeness -?0\.\d+ .*; seed 0\."))
+        expect(easel.get_by_role("button", name=re.compile("^Near: "))).to_have_count(10)
+        shot(page, "20_painting")
+        easel.get_by_role("button", name="Another").click()
+        expect(easel.get_by_role("status")).to_contain_text("; seed 1.")
+        with page.expect_download() as download:
+            easel.get_by_role("link", name="Save").click()
+        assert download.value.suggested_filename == "painting-1.png"
+        easel.get_by_label("What the picture should show").fill("blur:-1")
+        easel.get_by_role("button", name="Paint", exact=True).click()
+        expect(easel.get_by_role("status")).to_contain_text("says what not to paint")
+
+
+def test_painting_leads_back_to_the_photographs(visit, album, embedded, model_folder, vqgan):
+    with serving(album.index, embedded, studio=Studio(str(model_folder), str(vqgan))) as address:
+        page = visit(address)
+        settled(page)
+        page.keyboard.press("p")
+        easel = page.get_by_role("dialog", name="Paint it")
+        page.keyboard.type("a star")
+        easel.get_by_label("Steps").fill("1")
+        page.keyboard.press("Enter")
+        easel.get_by_role("button", name=re.compile("^Near: ")).first.click()
+        expect(page.get_by_role("dialog", name="Photograph")).to_be_visible()
+        page.keyboard.press("Escape")
+        page.keyboard.press("p")
+        easel.get_by_role("button", name="Search by it").click()
+        expect(page.locator("#example")).to_contain_text("painting.png")
+        expect(page.locator("#summary")).to_contain_text("Nearest first")
+
+
+def test_without_a_generator_nothing_is_offered(visit, address):
+    page = visit(address)
+    settled(page)
+    expect(page.locator("#paint")).to_be_hidden()
 
 
 # Without a mouse

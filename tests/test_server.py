@@ -1,5 +1,8 @@
 """The server: every endpoint with the real model, who may ask it, and what it says when something is wrong."""
 
+import asyncio
+import base64
+import contextlib
 import io
 import json
 import os
@@ -24,6 +27,8 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.guard import LARGEST
 from clipmatch.index import Index
 from clipmatch.server import make_app
+from clipmatch.studio import Studio
+from clipmatch.wire import PaintQuestion
 
 HOME = "http://127.0.0.1:8765"
 SEARCHED = 10
@@ -217,6 +222,74 @@ def test_an_explanation(client):
     assert found["image"].startswith("data:image/jpeg;base64,")
     with urllib.request.urlopen(found["image"]) as file:
         assert Image.open(file).size == (451, 300)
+
+
+@pytest.fixture
+def painting(album, embedded, model_folder, vqgan):
+    """A client of a server that paints, by tiny models with random weights."""
+    studio = Studio(str(model_folder), str(vqgan))
+    with TestClient(make_app(album.index, embedded, studio=studio), base_url=HOME) as client:
+        yield client
+
+
+def paint(client, prompt, **more):
+    """What comes of a prompt -> its lines."""
+    answer = client.post("/api/paint", json={"prompt": prompt, **more})
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_a_painting_comes_in_previews(painting, monkeypatch):
+    monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
+    assert painting.get("/api/status").json()["paints"] is True
+    first, *previews, finished = paint(painting, "a red star", steps=5, seed=3)
+    assert first == {"step": 0, "steps": 5, "image": None}
+    assert [preview["step"] for preview in previews] == [0, 1, 2, 3, 4, 5]
+    assert picture_of(previews[-1]["image"]).format == "JPEG"
+    made = picture_of(finished["image"])
+    assert (made.size, made.text["prompt"], made.text["seed"], finished["seed"]) == ((16, 16), "a red star", "3", 3)
+    assert len(finished["nearest"]) == SEARCHED
+    scores = [match["score"] for match in finished["nearest"]]
+    assert scores == sorted(scores, reverse=True)
+    assert paint(painting, "a red star", steps=5, seed=3)[-1] == finished  # a seed decides all
+    assert paint(painting, "a red star", steps=5, seed=4)[-1]["image"] != finished["image"]
+
+
+def picture_of(url):
+    """The picture in a data URL."""
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def test_a_prompt_is_never_the_name_of_a_file(painting, album, monkeypatch):
+    monkeypatch.setattr("clipmatch.embedder.read_batches", lambda *_: pytest.fail("a file was read"))
+    path = str(album.folder / "rocket.jpg")
+    answer = painting.post("/api/paint", json={"prompt": f"{path}:0.5", "steps": 1})
+    assert json.loads(answer.text.splitlines()[0])["step"] == 0
+
+
+def test_what_cannot_be_painted(painting, client, album, embedded, model_folder, tmp_path):
+    sentence(client.post("/api/paint", json={"prompt": "a star"}), 404)
+    assert "says what not to paint" in sentence(painting.post("/api/paint", json={"prompt": "blur:-1"}), 400)
+    sentence(painting.post("/api/paint", json={"prompt": "a star", "steps": -1}), 422)
+    studio = Studio(str(model_folder), str(tmp_path / "nothing"))
+    with TestClient(make_app(album.index, embedded, studio=studio), base_url=HOME) as other:
+        assert "nothing" in paint(other, "a star")[-1]["detail"]
+
+
+def test_painting_stops_when_nobody_waits_for_it(model_folder, vqgan, monkeypatch):
+    monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
+    studio = Studio(str(model_folder), str(vqgan))
+
+    async def look_once():
+        async with contextlib.aclosing(studio.paint(PaintQuestion(prompt="a star", steps=1000))) as events:
+            async for event in events:
+                if event.image:
+                    return
+
+    began = time.monotonic()
+    asyncio.run(look_once())
+    studio.close()  # waits for the painting under way
+    assert time.monotonic() - began < 20  # all of it would take minutes
 
 
 def test_duplicates_and_statistics(client):

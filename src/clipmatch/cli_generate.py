@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from clipmatch.cli_train import refuse_idle
 from clipmatch.errors import ClipmatchError
+from clipmatch.generation.settings import DEMO, GENERATOR, GUIDE, find_demo
 from clipmatch.output import printable
 
 if TYPE_CHECKING:
     from clipmatch.generation.optimise import Progress
     from clipmatch.generation.painter import PaintConfig, Painted, Painter
-
-DEMO = Path("clipmatch-demo")  # where clipmatch demo --generate leaves a guide and a generator, if not told otherwise
 
 
 @click.command("generate")
@@ -78,7 +77,10 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
         raise ClipmatchError(f"The picture {out} can only be a .png, which says how it was made; name it so.")
     check_writable(out)
     film = Film(options["video"], config.steps) if options["video"] else None
-    guide, generator = options["guide"] or of_demo("guide"), options["generator"] or of_demo("generator")
+    guide, generator = (
+        options["guide"] or of_demo("guide", GUIDE),
+        options["generator"] or of_demo("generator", GENERATOR),
+    )
     painter = load_painter(guide, generator, options["judge"], options["device"], options["truncation"])
     refuse_without_effect(given, painter, config)
     with stop_on_interrupt() as stop, tqdm(total=config.steps, desc="painting", unit="step", delay=0.5) as bar:
@@ -105,17 +107,14 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
         raise SystemExit(130)
 
 
-def of_demo(part: str) -> str:
+def of_demo(option: str, folder: str) -> str:
     """The demo's guide or generator, when none is named. Raises ClipmatchError if it was not made here."""
-    from clipmatch.generation.demo_generate import GENERATOR, GUIDE
-    from clipmatch.modelfolder import find_local
-
-    folder = DEMO / {"guide": GUIDE, "generator": GENERATOR}[part]
-    if find_local(folder) is None:
+    found = find_demo(folder)
+    if found is None:
         raise ClipmatchError(
-            f"Which {part}? Name one by --{part}, or make small ones for drawn scenes by: clipmatch demo --generate"
+            f"Which {option}? Name one by --{option}, or make small ones for drawn scenes by: clipmatch demo --generate"
         )
-    return str(folder)
+    return found
 
 
 def save(painted: list[Painted], out: Path) -> list[Path]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import ipaddress
 import secrets
 import socket
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +19,12 @@ from clipmatch.cli_photos import index_option, model_option
 from clipmatch.errors import ClipmatchError
 from clipmatch.output import printable
 
+if TYPE_CHECKING:
+    from clipmatch.studio import Studio
+
 PORT = 8765
 INSTALL = 'The page needs a few packages more; install them with: pip install "clipmatch[serve]"'
+PAINTING = 'Painting needs a few packages more; install them with: pip install "clipmatch[generate]"'
 
 
 @click.command("serve")
@@ -33,14 +39,25 @@ INSTALL = 'The page needs a few packages more; install them with: pip install "c
     help="Answer only to those who know it; beyond this computer there is always one, drawn if not given.",
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the page in your browser.")
+@click.option("--generator", metavar="NAME", help="VQGAN or BigGAN that paints in the page; see clipmatch generate.")
+@click.option("--guide", metavar="NAME", help="Model that guides it.")
 @model_option
 def serve_command(
-    index_file: str | None, host: str, port: int, token: str | None, open_page: bool, model: str | None
+    index_file: str | None,
+    host: str,
+    port: int,
+    token: str | None,
+    open_page: bool,
+    generator: str | None,
+    guide: str | None,
+    model: str | None,
 ) -> None:
     """Search the index in your browser, until Ctrl-C.
 
     Only this computer can see the page, unless --host says otherwise; whoever opens it from elsewhere needs the token
     in the address that is printed. The same index can be kept up to date meanwhile: clipmatch index --watch
+
+    With --guide and --generator, or after clipmatch demo --generate in this folder, the page also paints.
     """
     try:
         import uvicorn
@@ -55,7 +72,7 @@ def serve_command(
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(18)
     with listen(host, port) as server:
-        app = make_app(index_file, model, token)
+        app = make_app(index_file, model, token, studio_of(guide, generator))
         address = address_of(host, server.getsockname()[1], token)
         click.echo(f"clipmatch is at {printable(address)}\nCtrl-C ends it.")
         if open_page:
@@ -65,6 +82,28 @@ def serve_command(
         )
         with contextlib.suppress(KeyboardInterrupt):  # which is how it is meant to end
             uvicorn.Server(config).run(sockets=[server])
+
+
+def studio_of(guide: str | None, generator: str | None) -> Studio | None:
+    """What paints in the page: the models named, else those of the demo, if they are there and can be used.
+
+    Raises ClipmatchError if one is named without the other, or what they need is not installed.
+    """
+    from clipmatch.generation.settings import GENERATOR, GUIDE, find_demo
+    from clipmatch.studio import Studio
+
+    named = guide is not None or generator is not None
+    if guide is None and generator is None:
+        guide, generator = find_demo(GUIDE), find_demo(GENERATOR)
+    if guide is None or generator is None:
+        if named:
+            raise ClipmatchError("To paint takes both a --guide and a --generator; name both.")
+        return None
+    if importlib.util.find_spec("diffusers") is None:
+        if named:
+            raise ClipmatchError(PAINTING)
+        return None
+    return Studio(guide, generator)
 
 
 def is_loopback(host: str) -> bool:

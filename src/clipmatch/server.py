@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import mimetypes
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi import Path as Segment
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -32,6 +33,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
+from clipmatch.generation.prompts import parse_prompts
 from clipmatch.guard import Guard
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.index import Index
@@ -41,13 +43,17 @@ from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, Term, terms_of
 from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, forget_unwanted, is_unchanged, render
 from clipmatch.runtime import usable_cores
+from clipmatch.studio import Studio, file_of
 from clipmatch.wire import (
     Answer,
     ConceptRow,
+    Finished,
     Lesson,
     Listing,
     MatchRow,
     NewName,
+    PaintEvent,
+    PaintQuestion,
     PhotoRow,
     Question,
     Statistics,
@@ -60,10 +66,14 @@ from clipmatch.wire import (
     photo_values,
 )
 
+if TYPE_CHECKING:
+    from clipmatch.generation.painter import Painted
+
 Result = TypeVar("Result")
 
 PAGE = Path(__file__).parent / "web"
 GROUPS = 500  # of near-duplicates that are listed
+NEAREST = 12  # photographs that are shown beside a painting
 VALUES = 30  # cameras and formats that are listed
 GONE = 404
 
@@ -101,8 +111,8 @@ class Desk:
 class Service:
     """What the endpoints share: two desks, the model, and turns for what keeps a core busy."""
 
-    def __init__(self, path: Path, embedder: Embedder):
-        self.embedder = embedder
+    def __init__(self, path: Path, embedder: Embedder, studio: Studio | None):
+        self.embedder, self.studio = embedder, studio
         self.desk, self.back = Desk(path, embedder), Desk(path, embedder)
         self.turns = asyncio.Semaphore(usable_cores())
 
@@ -117,15 +127,21 @@ class Service:
         """Let go of the files."""
         self.desk.close()
         self.back.close()
+        if self.studio is not None:
+            self.studio.close()
 
 
 def make_app(
-    index_path: str | Path | None = None, model: str | Path | Embedder | None = None, token: str | None = None
+    index_path: str | Path | None = None,
+    model: str | Path | Embedder | None = None,
+    token: str | None = None,
+    studio: Studio | None = None,
 ) -> FastAPI:
     """The application for an index file; None: the one that `clipmatch index` makes, which may still be empty.
 
     token: who does not know it gets no answer. Without one only names of this computer are answered to, so serve it
-    on a loopback address. Raises ClipmatchError if there is no such index, or the model is not its own.
+    on a loopback address. studio: paints, if there is one. Raises ClipmatchError if there is no such index, or the
+    model is not its own.
     """
     with Index.open(index_path, model, create=index_path is None) as index:
         path, embedder = index.store.path, index.embedder
@@ -133,7 +149,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = Service(path, embedder)
+        app.state.service = Service(path, embedder, studio)
         tidying = asyncio.create_task(asyncio.to_thread(forget_unwanted))  # nobody has to wait for it
         yield
         await tidying
@@ -222,7 +238,9 @@ async def status(service: Shared) -> Status:
         bound = index.store.model
         name = bound.name if bound and bound.name else "the one that comes with clipmatch"
         folders = [printable(root) for root in root_paths(index)]
-        return Status(photos=len(index), model=name, calibrated=index.calibration is not None, folders=folders)
+        calibrated = index.calibration is not None
+        paints = service.studio is not None
+        return Status(photos=len(index), paints=paints, model=name, calibrated=calibrated, folders=folders)
 
     return await service.desk.ask(ask)
 
@@ -277,6 +295,15 @@ async def explain(question: WhyQuestion, service: Shared, request: Request) -> W
 
     query, photo = await service.desk.ask(ask)
     return await service.compute(lambda: why(service.embedder, query, photo), request)
+
+
+@api.post("/paint")
+async def paint(question: PaintQuestion, service: Shared) -> StreamingResponse:
+    """Paint a sentence: lines of JSON, `PaintEvent`s and at last `Finished`, or {"detail": what went wrong}."""
+    if service.studio is None:
+        raise HTTPException(GONE, "This server has no generator; see clipmatch serve --help.")
+    parse_prompts(question.prompt, pictures=False)  # what can't be painted is told at once
+    return StreamingResponse(painting(service, service.studio, question), media_type="application/x-ndjson")
 
 
 @api.get("/concepts")
@@ -427,6 +454,26 @@ def embed(embedder: Embedder, data: bytes, suffix: str) -> NDArray[np.float32]:
         raise ClipmatchError(f"That picture can't be read: {found.failures[0].reason}.")
     row: NDArray[np.float32] = found.rows[0]
     return row
+
+
+async def painting(service: Service, studio: Studio, question: PaintQuestion) -> AsyncIterator[str]:
+    """The lines of an answer to a prompt."""
+    try:
+        async with aclosing(studio.paint(question)) as events:
+            async for event in events:
+                told = event if isinstance(event, PaintEvent) else await finished(service, event)
+                yield told.model_dump_json() + "\n"
+    except ClipmatchError as error:
+        yield json.dumps({"detail": clean(str(error))}) + "\n"
+
+
+async def finished(service: Service, painted: Painted) -> Finished:
+    """A painting, beside the photographs that the index finds nearest to it."""
+    data = await asyncio.to_thread(file_of, painted)
+    row = await asyncio.to_thread(embed, service.embedder, data, ".png")
+    found = await service.desk.ask(lambda index: find(index, Question(size=NEAREST), row))
+    image = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return Finished(image=image, score=painted.score, seed=int(painted.facts["seed"]), nearest=found.matches)
 
 
 def why(embedder: Embedder, query: Query, photo: Photo) -> Why:

@@ -109,6 +109,23 @@ class WhyQuestion(Strict):
     query: str = Field(min_length=1, max_length=LONGEST)
 
 
+class PaintQuestion(Strict):
+    """What to paint: as `clipmatch generate` takes it, but for files. n: how many are tried; the best is sent."""
+
+    prompt: str = Field(min_length=1, max_length=LONGEST)
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    steps: int = Field(default=0, ge=0, le=1000)
+    n: int = Field(default=1, ge=1, le=16)
+
+
+class PaintEvent(BaseModel):
+    """A painting on its way. image: as it is after that step, as a data URL."""
+
+    step: int
+    steps: int
+    image: str | None = None
+
+
 class PhotoRow(BaseModel):
     """A photograph. size: bytes. width, height: pixels, upright. moment: when it was taken, or its file was written.
 
@@ -147,10 +164,20 @@ class Answer(BaseModel):
     more: bool
 
 
+class Finished(BaseModel):
+    """A painting: a PNG as a data URL, its score by the guide, its seed, and the photographs nearest to it."""
+
+    image: str
+    score: float
+    seed: int
+    nearest: list[MatchRow]
+
+
 class Status(BaseModel):
-    """What is served."""
+    """What is served. paints: whether there is a generator."""
 
     photos: int
+    paints: bool
     model: str
     calibrated: bool
     folders: list[str]

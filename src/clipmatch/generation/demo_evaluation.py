@@ -34,7 +34,6 @@ from clipmatch.generation.attributes import (
 )
 from clipmatch.generation.canvas import VQCanvas
 from clipmatch.generation.demo_generate import (
-    GENERATOR,
     PRIOR,
     PRIOR_SETTINGS,
     SCENES,
@@ -58,6 +57,7 @@ from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
 from clipmatch.generation.optimise import GuidanceConfig, optimise
 from clipmatch.generation.pixelstore import picture_batch
+from clipmatch.generation.settings import GENERATOR
 from clipmatch.generation.vqgan import pictures_of, tokens_of
 from clipmatch.preprocess import load_image
 from clipmatch.scenes import Scene, read_scenes

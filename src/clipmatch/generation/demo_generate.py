@@ -25,14 +25,14 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import is_begun, is_finished
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.priortrain import train_prior
-from clipmatch.generation.settings import PriorTraining, VQConfig
+from clipmatch.generation.settings import GENERATOR, GUIDE, PriorTraining, VQConfig
 from clipmatch.generation.vqgan import load_vqgan, pictures_of
 from clipmatch.generation.vqtrain import train_vqgan
 from clipmatch.modelfolder import CONFIG
 from clipmatch.runlog import note
 from clipmatch.scenes import generate
 
-SCENES, GUIDE, GENERATOR, PRIOR = "scenes", "run", "generator", "prior"  # folders
+SCENES, PRIOR = "scenes", "prior"  # folders
 SHEET = "painted.png"
 PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."

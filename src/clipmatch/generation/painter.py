@@ -50,9 +50,15 @@ class PaintConfig:
     seed: int = 0
     init: Path | None = None
     strength: float = 1.0
+    pictures: bool = True  # whether the prompt may name picture files: not when a stranger has written it
 
     def __post_init__(self) -> None:
-        parse_prompts(self.prompt)  # before anything large is loaded
+        _ = self.prompts  # before anything large is loaded
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What the prompt consists of."""
+        return parse_prompts(self.prompt, self.pictures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,7 @@ class Painter:
 
         on_step, stop: as for `optimise`. Raises ClipmatchError for a prompt, size or picture that can't be used.
         """
-        prompts = parse_prompts(config.prompt)
+        prompts = config.prompts
         targets = self.guide.targets(prompts)
         latents = self.begin(config, targets)
         guidance = GuidanceConfig(config.steps, config.seed, flip=not any(prompt.has_sides for prompt in prompts))

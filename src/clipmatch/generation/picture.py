@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
 
 FRAMES = 100  # of an animation, at most
@@ -31,15 +32,19 @@ def to_image(picture: Tensor) -> Image.Image:
 
 def save_png(path: Path, picture: Tensor, facts: Mapping[str, object]) -> None:
     """Write a picture [3, h, w] in 0..1 with facts as text in the file: name -> value. Raises ClipmatchError."""
+    try:
+        with atomic_file(path) as draft, draft.open("wb") as file:  # who looks at previews never sees half of one
+            write_png(file, picture, facts)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_png(file: BinaryIO, picture: Tensor, facts: Mapping[str, object]) -> None:
+    """The same into an open file."""
     notes = PngInfo()
     for name, value in facts.items():
         notes.add_text(name, str(value))
-    draft = path.with_name(path.name + ".draft")  # a viewer that looks at previews never sees half of one
-    try:
-        to_image(picture).save(draft, "PNG", pnginfo=notes)
-        draft.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    to_image(picture).save(file, "PNG", pnginfo=notes)
 
 
 def check_writable(path: Path) -> None:

@@ -36,12 +36,13 @@ class Prompt:
         return bool(SIDES.search(self.text))
 
 
-def parse_prompts(line: str) -> tuple[Prompt, ...]:
+def parse_prompts(line: str, pictures: bool = True) -> tuple[Prompt, ...]:
     """A line such as "bus:1 | blur:-0.5" -> its prompts.
 
+    pictures: whether a part may name a picture file; otherwise all are sentences, and no file is looked for.
     Raises ClipmatchError when nothing is asked for, a weight is 0 or a picture does not exist.
     """
-    prompts = tuple(parse_prompt(part.strip()) for part in line.split("|") if part.strip())
+    prompts = tuple(parse_prompt(part.strip(), pictures) for part in line.split("|") if part.strip())
     if not prompts:
         raise ClipmatchError("The prompt is empty; type what the picture should show.")
     if all(prompt.weight < 0 for prompt in prompts):
@@ -49,16 +50,16 @@ def parse_prompts(line: str) -> tuple[Prompt, ...]:
     return prompts
 
 
-def parse_prompt(part: str) -> Prompt:
+def parse_prompt(part: str, pictures: bool = True) -> Prompt:
     """One part of a line -> its prompt."""
     what, weight = part, 1.0
-    if not is_picture(part) and (match := WEIGHT.fullmatch(part)):
+    if not (pictures and is_picture(part)) and (match := WEIGHT.fullmatch(part)):
         what, weight = match["what"].rstrip(), float(match["weight"])
     if not weight:
         raise ClipmatchError(f"The weight of {what!r} is 0; leave it out.")
-    if is_picture(what):
+    if pictures and is_picture(what):
         return Prompt(image=Path(what).expanduser(), weight=weight)
-    if is_image_name(what) and not re.search(r"\s", what):
+    if pictures and is_image_name(what) and not re.search(r"\s", what):
         raise ClipmatchError(f"The picture {what} does not exist; check its name.")
     if not what:
         raise ClipmatchError(f"The part {part!r} of the prompt has a weight but no words; say what it is of.")

@@ -1,4 +1,4 @@
-"""How to train a VQGAN and a prior: every setting, said once.
+"""How to train a VQGAN and a prior: every setting, said once; and where the demo leaves what it trains.
 
 In: keyword arguments or a JSON object. Out: checked, immutable configs. Knows nothing of PyTorch.
 """
@@ -6,8 +6,18 @@ In: keyword arguments or a JSON object. Out: checked, immutable configs. Knows n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from clipmatch.config import require
+from clipmatch.modelfolder import find_local
+
+DEMO = Path("clipmatch-demo")  # where clipmatch demo leaves its models, if not told otherwise
+GUIDE, GENERATOR = "run", "generator"  # their folders in it
+
+
+def find_demo(folder: str) -> str | None:
+    """The demo's guide or generator, if it was made here."""
+    return str(DEMO / folder) if find_local(DEMO / folder) else None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import { backend } from "./backend.js";
 import { byId, el, fillIcons, iconButton, isPicture, isTyping, toast } from "./dom.js";
 import { Grid, skeleton } from "./grid.js";
 import { icon } from "./icons.js";
+import { Easel } from "./paint.js";
 import { chip, filterChips, fillFilters, openConcept, openFigures, openHelp } from "./panels.js";
 import { count, monthOf, percent, plural, precisionInFull } from "./phrases.js";
 import { Viewer } from "./viewer.js";
@@ -42,6 +43,7 @@ const viewer = new Viewer(byId("viewer"), {
   question: () => state.asked.query.trim(),
   features,
 });
+const easel = new Easel(byId("easel"), { paint: backend.paint, remember, open: (photo) => viewer.show(photo, -1), searchBy });
 
 // Asking -------------------------------------------------------------------------------------------------------------
 
@@ -484,7 +486,8 @@ function pressed(event) {
   const onPhoto = { t: "like", x: "dislike", s: "similar", e: "explain" }[event.key];
   if (onPhoto && photo) act(onPhoto, photo);
   else if (event.key === "/") byId("query").select();
-  else if (event.key === "?") openHelp(byId("help"), features);
+  else if (event.key === "?") openHelp(byId("help"), { ...features, paint: state.status.paints });
+  else if (event.key === "p" && !byId("paint").hidden) byId("paint").click();
   else if (event.key === "f" && !byId("filter").hidden) byId("filter").click();
   else if (event.key === "Escape" && isSearch(state.asked) && !document.querySelector(":popover-open")) clear();
   else if (event.key.startsWith("Arrow") && document.activeElement === document.body && grid.photos.length) grid.focus();
@@ -577,14 +580,16 @@ function listenForTools() {
   byId("filters").addEventListener("beforetoggle", (event) => { if (event.newState === "open") fillFilterPanel(); });
   byId("duplicates").addEventListener("click", () => commit(state.asked.view === "duplicates" ? { view: "" } : { ...emptyQuestion(), view: "duplicates" }));
   byId("statistics").addEventListener("click", showFigures);
+  byId("paint").addEventListener("click", () => easel.open(state.asked.query.trim()));
   byId("theme").addEventListener("click", nextTheme);
-  byId("help-button").addEventListener("click", () => openHelp(byId("help"), features));
+  byId("help-button").addEventListener("click", () => openHelp(byId("help"), { ...features, paint: state.status.paints }));
 }
 
 /** Ask how many photographs there are -> whether it was answered. */
 async function refreshStatus() {
   try {
     state.status = await backend.status();
+    byId("paint").hidden = !state.status.paints;
     return true;
   } catch {
     return false; // the question for photographs tells what is wrong

@@ -182,7 +182,7 @@ export function openHelp(dialog, features) {
   const keys = [
     ["/", "type a search"], ["← ↑ ↓ →", "move in the grid"], ["Enter", "open a photograph"], ["Esc", "close, or clear the search"],
     features.refine && ["t", "tick: more like this"], features.refine && ["x", "cross: less like this"], ["s", "similar photographs"],
-    features.explain && ["e", "explain: where, and by which words"], ["i", "about the photograph, when it is open"], features.filters && ["f", "filters"], ["?", "this sheet"],
+    features.explain && ["e", "explain: where, and by which words"], ["i", "about the photograph, when it is open"], features.filters && ["f", "filters"], features.paint && ["p", "paint what a sentence says"], ["?", "this sheet"],
   ].filter(Boolean);
   openSheet(
     dialog,

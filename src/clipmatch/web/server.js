@@ -3,7 +3,7 @@
 const SHORT = 640; // pixels of the shorter side that are sent of a picture; models look at fewer
 const shrunk = new WeakMap(); // files that were sent already
 
-async function call(method, path, { json, form, signal } = {}) {
+async function send(method, path, { json, form, signal } = {}) {
   const headers = { "X-Clipmatch": "1" };
   if (json !== undefined) headers["Content-Type"] = "application/json";
   let answer;
@@ -13,10 +13,34 @@ async function call(method, path, { json, form, signal } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer; is clipmatch serve still running?");
   }
-  if (answer.status === 204) return null;
+  if (answer.ok) return answer;
   const said = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(said.detail || `The server answers with status ${answer.status}.`);
-  return said;
+  throw new Error(said.detail || `The server answers with status ${answer.status}.`);
+}
+
+async function call(method, path, what) {
+  const answer = await send(method, path, what);
+  return answer.status === 204 ? null : answer.json();
+}
+
+/** Paint: each line of the answer goes to onEvent, but for the last one, which is what has been painted. */
+async function paint(json, onEvent, signal) {
+  const { body } = await send("POST", "paint", { json, signal });
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let [text, last] = ["", null];
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const lines = (text + value).split("\n");
+    text = lines.pop();
+    for (const line of lines) {
+      last = JSON.parse(line);
+      if (last.detail) throw new Error(last.detail);
+      if (!last.nearest) onEvent(last);
+    }
+  }
+  if (!last?.nearest) throw new Error("The server has ended the painting; its terminal says why.");
+  return last;
 }
 
 function asWhere(where = {}) {
@@ -67,6 +91,7 @@ export const backend = {
   forgetConcept: (name) => call("DELETE", `concepts/${encodeURIComponent(name)}`),
 
   explain: ({ id, query }, signal) => call("POST", "explain", { json: { id, query }, signal }),
+  paint,
   duplicates: (signal) => call("GET", "duplicates", { signal }),
   statistics: (signal) => call("GET", "statistics", { signal }),
 };

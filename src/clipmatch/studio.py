@@ -1,0 +1,100 @@
+"""Paintings over HTTP: a prompt -> previews as it is painted, then the picture and the photographs nearest to it.
+
+In: a guide and a generator by name, questions. Out: an iterator over events, which end with the finished painting. One
+picture is painted at a time; whoever leaves stops his own. Needs the extra `generate`, and loads it with the first
+painting. Knows nothing of indexes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from clipmatch.wire import PaintEvent, PaintQuestion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipmatch.generation.optimise import Progress
+    from clipmatch.generation.painter import Painted, Painter
+
+PAUSE = 0.25  # seconds between two previews
+
+
+class Studio:
+    """A guide and a generator, loaded when first asked for, and the one thread that paints."""
+
+    def __init__(self, guide: str, generator: str):
+        self.guide, self.generator = guide, generator
+        self._painter: Painter | None = None
+        self._thread = ThreadPoolExecutor(1, "studio")
+
+    async def paint(self, question: PaintQuestion) -> AsyncGenerator[PaintEvent | Painted, None]:
+        """Previews while it is painted, at last the best picture. Whoever came first is served first.
+
+        Closing the iterator stops the painting. Raises ClipmatchError for what can't be painted.
+        """
+        loop, previews, left = asyncio.get_running_loop(), asyncio.Queue[PaintEvent | None](), threading.Event()
+        last = 0.0
+
+        def on_step(progress: Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last < PAUSE:
+                return
+            image = data_url(progress.pictures[0])
+            loop.call_soon_threadsafe(
+                previews.put_nowait, PaintEvent(step=progress.step, steps=question.steps, image=image)
+            )
+            last = time.monotonic()
+
+        work = loop.run_in_executor(self._thread, self._paint, question, on_step, left.is_set)
+        work.add_done_callback(lambda _: previews.put_nowait(None))
+        try:
+            yield PaintEvent(step=0, steps=question.steps)
+            while (preview := await previews.get()) is not None:
+                yield preview
+            if (painted := work.result()) is not None:
+                yield painted
+        finally:
+            left.set()
+
+    def _paint(
+        self, question: PaintQuestion, on_step: Callable[[Progress], None], stop: Callable[[], bool]
+    ) -> Painted | None:
+        if stop():  # left while others were served
+            return None
+        from clipmatch.generation.painter import PaintConfig, load_painter
+
+        config = PaintConfig(question.prompt, n=question.n, steps=question.steps, seed=question.seed, pictures=False)
+        if self._painter is None:
+            self._painter = load_painter(self.guide, self.generator)
+        painted, _ = self._painter.paint(config, on_step, stop)
+        return painted[0]
+
+    def close(self) -> None:
+        """End the thread, after the painting that is under way."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def file_of(painted: Painted) -> bytes:
+    """A painting as a PNG that says how it was made."""
+    from clipmatch.generation.picture import write_png
+
+    buffer = BytesIO()
+    write_png(buffer, painted.picture, painted.facts)
+    return buffer.getvalue()
+
+
+def data_url(picture: Tensor) -> str:
+    """A picture [3, h, w] in 0..1 as an address that holds it: a JPEG, which is small."""
+    from clipmatch.generation.picture import to_image
+
+    buffer = BytesIO()
+    to_image(picture).save(buffer, "jpeg", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
