@@ -1,6 +1,6 @@
 """Peak memory and time of a step of one large batch, whole and in chunks (`--chunk`, gradient caching).
 
-    python benchmarks/gradient_cache.py [--batch 1024] [--chunks 256 128 64 32 16] [--rounds 3] [--json FILE]
+    python benchmarks/gradient_cache.py [--batch 1024] [--chunks 256 128 64 40 32 16] [--rounds 3] [--json FILE]
                                         [--plot FILE.png]
 
 A small ViT (64 pixels, 192 wide, 4 layers) and a small DistilBERT (192 wide, 2 layers), random weights, learn as a
@@ -132,7 +132,7 @@ def plot(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 128, 64, 32, 16])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 128, 64, 40, 32, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from album import HOSTILE, HOSTILE_CAPTION, serving
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from clipmatch.index import Index
@@ -463,6 +466,32 @@ def test_what_screen_readers_need(visit, address):
 
 
 # How it looks
+
+
+@pytest.mark.parametrize("width", [360, 901, 1000, 1280])
+def test_nothing_in_the_head_covers_another(visit, address, width):
+    page = visit(address, viewport={"width": width, "height": 700})
+    search(page, "a cat")
+    boxes = page.locator("#top button:visible, #top a:visible").evaluate_all(
+        """all => all.map((one) => one.getBoundingClientRect())
+            .map(({left, right, top, bottom}) => [left, right, top, bottom])"""
+    )
+    assert len(boxes) >= 7
+    for place, (left, right, top, bottom) in enumerate(boxes):
+        assert left >= 0
+        assert right <= width
+        for other_left, other_right, other_top, other_bottom in boxes[place + 1 :]:
+            apart = right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
+            assert apart
+
+
+def test_the_pictures_of_the_page_can_be_taken(browser, tmp_path):
+    """Those of the README, by the script that it names."""
+    script = Path(__file__).parent.parent / "docs" / "page.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, stdout=subprocess.DEVNULL)
+    for name in ("search.webp", "why.webp"):
+        with Image.open(tmp_path / name) as taken, Image.open(script.parent / name) as shown:
+            assert taken.size == shown.size == (1000, 560)
 
 
 def test_dark_and_light(visit, address):

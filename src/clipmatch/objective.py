@@ -64,14 +64,17 @@ class Objective:
 
     def backward_in_chunks(self, batch: Batch, step: int, count: int, chunk: int) -> float:
         """The same with the activations of `chunk` pairs at a time (gradient caching, Gao et al. 2021): once without
-        gradients, for the loss and what it asks of each vector; once more to pass that on to the weights.
+        gradients, for the loss and what it asks of each vector; once more to pass that on to the weights. The last
+        chunk passes once: its activations can stay until the loss is known.
 
         A seed for each chunk gives it the same dropout both times, on whatever device.
         """
         chunks = batch.split(chunk)
         *seeds, afterwards = torch.randint(1 << 62, (len(chunks) + 1,)).tolist()
         with torch.no_grad():
-            parts = [self.embed_chunk(*pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)]
+            parts = [self.embed_chunk(*pairs, seed) for pairs, seed in zip(chunks[:-1], seeds[:-1], strict=True)]
+        kept = self.embed_chunk(*chunks[-1], seeds[-1])
+        parts.append((kept[0].detach(), kept[1].detach(), kept[2].detach()))
         features, images, texts = (torch.cat(rows) for rows in zip(*parts, strict=True))
         images.requires_grad_()
         texts.requires_grad_()
@@ -79,8 +82,10 @@ class Objective:
         self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
         assert images.grad is not None
         assert texts.grad is not None
-        asked = zip(torch.split(images.grad, chunk), torch.split(texts.grad, chunk), strict=True)
-        for pairs, seed, gradients in zip(chunks, seeds, asked, strict=True):
+        *asked, asked_last = zip(torch.split(images.grad, chunk), torch.split(texts.grad, chunk), strict=True)
+        torch.autograd.backward(kept[1:], asked_last)
+        del kept
+        for pairs, seed, gradients in zip(chunks[:-1], seeds[:-1], asked, strict=True):
             _, *rows = self.embed_chunk(*pairs, seed)
             torch.autograd.backward(rows, gradients)
         seed_draws(afterwards, self.device)
