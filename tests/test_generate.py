@@ -160,7 +160,7 @@ def with_prior(vqgan, model_folder, tmp_path):
     folder = shutil.copytree(vqgan, tmp_path / "with-prior")
     known = {"guide": load_guide(model_folder).fingerprint, "vqgan": vqgan_fingerprint(folder)}
     torch.manual_seed(0)
-    save_prior(Prior(PriorConfig(64, 32, 16, width=16, layers=1, heads=2, prefix=2, **known)), folder / "prior")
+    save_prior(Prior(PriorConfig(64, 32, 4, 16, width=16, layers=1, heads=2, prefix=2, **known)), folder / "prior")
     return folder
 
 

@@ -359,7 +359,7 @@ def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
         easel.get_by_label("Steps").press("Enter")
         expect(easel.get_by_role("img", name="A painting of “a star”")).to_be_visible()
         expect(easel.get_by_role("status")).to_have_text(re.compile(r"Likeness -?0\.\d+ .*; seed 0\."))
-        expect(easel.get_by_role("button", name=re.compile("^Near: "))).to_have_count(10)
+        expect(easel.get_by_role("button", name=re.compile("^Near: "))).to_have_count(9)  # two of ten are alike
         shot(page, "20_painting")
         easel.get_by_role("button", name="Another").click()
         expect(easel.get_by_role("status")).to_contain_text("; seed 1.")
