@@ -58,12 +58,13 @@ def test_every_row_of_the_table_is_measured(world, monkeypatch):
     monkeypatch.setattr(demo_evaluation, "make_judge", lambda out, seed: (out / "run", splits))
     monkeypatch.setattr(demo_evaluation, "STEPS", 5)
     monkeypatch.setattr(demo_evaluation, "CHOICES", 20)
-    monkeypatch.setattr(demo_evaluation, "LONG", 2)
+    monkeypatch.setattr(demo_evaluation, "REFINING", 2)
     figures = demo_evaluation.evaluate_generation(world, n=20, guided=2)
     rows = figures["rows"]
     assert rows["real pictures"]["r_precision_judge"] == rows["real pictures"]["r_precision_guide"]
     assert rows["real pictures"]["pictures"] == 20
-    assert rows["guidance without the prior, 2 steps"]["pictures"] == 2
+    assert rows["prior, then 2 steps of guidance (the default)"]["pictures"] == 2
+    assert any(name.startswith("guidance without the prior, equal time") for name in rows)
     assert rows["their reconstructions (the ceiling)"]["closer_to_training"]["pixels"] <= 0.1
     nearest = rows["nearest training picture by the guide"]
     assert nearest["closer_to_training"] == {"pixels": 1.0, "judge": 1.0}

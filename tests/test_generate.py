@@ -160,7 +160,7 @@ def with_prior(vqgan, model_folder, tmp_path):
     folder = shutil.copytree(vqgan, tmp_path / "with-prior")
     known = {"guide": load_guide(model_folder).fingerprint, "vqgan": vqgan_fingerprint(folder)}
     torch.manual_seed(0)
-    save_prior(Prior(PriorConfig(64, 32, 4, 16, width=16, layers=1, heads=2, prefix=2, **known)), folder / "prior")
+    save_prior(Prior(PriorConfig(64, 32, 4, 16, width=16, layers=1, heads=2, **known)), folder / "prior")
     return folder
 
 
@@ -282,14 +282,14 @@ def test_pixels_are_rounded(tmp_path):
 
 
 def test_a_film_is_thinned_out_and_ends_with_the_best(tmp_path):
-    film = Film(tmp_path / "f.gif", steps=250)
+    film = Film(tmp_path / "f.gif")
     for step in range(251):
         film.add(step, torch.full((2, 3, 4, 4), step / 250))
-    assert len(film.frames) == 84
+    assert len(film.frames) == 63  # every fourth
     film.save(1, torch.zeros(3, 4, 4))
     with Image.open(tmp_path / "f.gif") as gif:
-        assert gif.n_frames == 85
-        gif.seek(84)
+        assert gif.n_frames == 64
+        gif.seek(63)
         assert gif.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
         assert gif.info["duration"] == 2000
 
@@ -297,14 +297,14 @@ def test_a_film_is_thinned_out_and_ends_with_the_best(tmp_path):
 def test_mp4_without_its_encoder_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ClipmatchError, match="pip install imageio imageio-ffmpeg"):
-        Film(tmp_path / "f.mp4", 10)
+        Film(tmp_path / "f.mp4")
 
 
 def test_mp4(tmp_path):
     pytest.importorskip("imageio_ffmpeg")
     import imageio.v2 as imageio
 
-    film = Film(tmp_path / "f.mp4", steps=20)
+    film = Film(tmp_path / "f.mp4")
     for step in range(21):
         film.add(step, torch.full((1, 3, 17, 17), step / 20))
     film.save(0, torch.ones(3, 17, 17))

@@ -14,7 +14,7 @@ from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / "build_model.ipynb"
 QUERIES = ("dog", "plane", "Gloomy weather", "someone dunks on the basket")
-TINY = 'model_path = "run"\npictures = None\nscenes = 60\nscene_epochs = 2\n'
+TINY = 'model_path = "run"\npictures = None\nscenes = 60\nscene_epochs = 2\nvqgan_steps = 3\npaint_steps = 2\n'
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_away_from_colab_it_trains_on_scenes(twice):
     assert (folder / "run" / "evaluation.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("part", ["plt.subplots", "training_curves(result", "similarity_plot(evaluation"])
+@pytest.mark.parametrize("part", ["plt.subplots", "training_curves(result", "similarity_plot(evaluation", "load_painter("])
 def test_figures_show(twice, part):
     for cells in twice[1:]:
         (image,) = pictures(only(cells, part))

@@ -20,7 +20,7 @@ from clipmatch.generation.settings import PriorTraining
 from clipmatch.generation.vqgan import small_vqgan
 from clipmatch.modelfolder import WEIGHTS
 
-SMALL = {"width": 32, "local_width": 16, "layers": 2, "heads": 2, "prefix": 2}
+SMALL = {"width": 32, "local_width": 16, "layers": 2, "heads": 2}
 FAST = PriorTraining(steps=6, batch_size=8, precision="float32", device="cpu", **SMALL)
 
 

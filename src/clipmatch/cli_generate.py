@@ -5,6 +5,7 @@ In: the words of the command line. Out: pictures, a table of them on stdout, pro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures, ranked.")
 @click.option("--judge", metavar="NAME", help="Another model that ranks them instead of the guide.")
 @click.option("--size", type=click.IntRange(min=1), help="Side in pixels; the generator's own if not given.")
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(min=0), help="Of guidance.")
+@click.option("--steps", type=click.IntRange(min=0), help="Of guidance; 40 after a prior if not given, 200 without.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; 1 more for each.")
 @click.option("--init", type=click.Path(path_type=Path), metavar="FILE", help="Picture to begin with.")
 @click.option(
@@ -69,19 +70,18 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     from clipmatch.runlog import stop_on_interrupt
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    config = PaintConfig(
-        **{name: options[name] for name in ("prompt", "n", "size", "steps", "seed", "init", "strength")}
-    )
+    config = PaintConfig(**{name: options[name] for name in ("prompt", "n", "size", "seed", "init", "strength")})
     out = Path(options["out"])
     if out.suffix.lower() != ".png":
         raise ClipmatchError(f"The picture {out} can only be a .png, which says how it was made; name it so.")
     check_writable(out)
-    film = Film(options["video"], config.steps) if options["video"] else None
+    film = Film(options["video"]) if options["video"] else None
     guide, generator = (
         options["guide"] or of_demo("guide", GUIDE),
         options["generator"] or of_demo("generator", GENERATOR),
     )
     painter = load_painter(guide, generator, options["judge"], options["device"], options["truncation"])
+    config = replace(config, steps=painter.steps if options["steps"] is None else options["steps"])
     refuse_without_effect(given, painter, config)
     with stop_on_interrupt() as stop, tqdm(total=config.steps, desc="painting", unit="step", delay=0.5) as bar:
 

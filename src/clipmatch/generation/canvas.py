@@ -22,7 +22,7 @@ from clipmatch.generation.vqgan import pixels_per_code
 if TYPE_CHECKING:
     from diffusers import VQModel
 
-RATE = 0.1  # step of a latent, as a part of the spread of the numbers in the codebook
+RATE = 0.3  # step of a latent, as a part of the spread of the numbers in the codebook
 
 
 class Canvas(Protocol):

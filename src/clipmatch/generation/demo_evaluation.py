@@ -56,6 +56,7 @@ from clipmatch.generation.judge import SCENES as JUDGE_SCENES
 from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
 from clipmatch.generation.optimise import GuidanceConfig, optimise
+from clipmatch.generation.painter import REFINING
 from clipmatch.generation.pixelstore import picture_batch
 from clipmatch.generation.settings import GENERATOR
 from clipmatch.generation.vqgan import pictures_of, tokens_of
@@ -66,7 +67,6 @@ Pictures = NDArray[np.uint8]
 CHOICES = 100  # prompts that a picture is matched with
 QUANTILE = 0.01  # of held-out real pictures, that are the nearest to a training picture
 CANDIDATES = 8  # of which the guide chooses, in the row that says so
-LONG, REFINED = 100, 20  # steps of guidance alone, and after the prior
 ATTRIBUTES = "attributes"  # folder of the classifier
 
 
@@ -245,9 +245,7 @@ def copied(world: World, pictures: Pictures) -> dict[str, float]:
 
 
 def guided_painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pictures]]:
-    """The rows that change each picture step by step as the guide likes: alone, in the time that the prior takes and in
-    much more, and after the prior.
-    """
+    """The rows that change each picture step by step as the guide likes: after the prior, and alone in equal time."""
     guide, canvas, (_, _, prior) = Guide(world.guide), VQCanvas(world.vqgan), load_world(out)
     rows = torch.from_numpy(world.prompt_rows["guide"])  # [n, d]
 
@@ -270,14 +268,13 @@ def guided_painters(out: Path, world: World, seed: int) -> dict[str, Callable[[i
             [as_bytes(refine(place, begin, steps)) for place in tqdm(range(count), desc="guidance", unit="img")]
         )
 
-    each = seconds_of(lambda: pictures_of(world.vqgan, painted(0)))
+    whole = seconds_of(lambda: refine(0, after_prior, REFINING))
     fixed = seconds_of(lambda: refine(0, alone, 1))
     step = (seconds_of(lambda: refine(0, alone, 6)) - fixed) / 5
-    equal = max(1, round((each - fixed) / step) + 1)
+    equal = max(1, round((whole - fixed) / step) + 1)
     return {
+        f"prior, then {REFINING} steps of guidance (the default)": guided(after_prior, REFINING),
         f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": guided(alone, equal),
-        f"guidance without the prior, {LONG} steps": guided(alone, LONG),
-        f"prior, then {REFINED} steps of guidance": guided(after_prior, REFINED),
     }
 
 
@@ -300,13 +297,13 @@ def table(figures: dict[str, Any]) -> str:
         "kernel: kernel distance on the judge's features, not FID; copied: nearer to a training picture than all but "
         f"{QUANTILE:.0%} of held-out real ones (pixels, judge); s: a picture.",
         "",
-        f"{'':44}{'n':>4}  R@1 judge (95 %)     guide  exact  attr   kernel   copied        s",
+        f"{'':54}{'n':>4}  R@1 judge (95 %)     guide  exact  attr   kernel   copied        s",
     ]
     for name, row in figures["rows"].items():
         low, high = row["interval_judge"]
         parts = [value for key, value in row["attributes"].items() if key != "all"]
         lines.append(
-            f"{name:44}{row['pictures']:>4}  {row['r_precision_judge']:6.1%} ({low:.0%} to {high:.0%})"
+            f"{name:54}{row['pictures']:>4}  {row['r_precision_judge']:6.1%} ({low:.0%} to {high:.0%})"
             f"{row['r_precision_guide']:9.1%} {row['attributes']['all']:6.1%} {np.mean(parts):5.1%} "
             f"{row['kernel_distance']:8.4f}  {row['closer_to_training']['pixels']:5.1%} "
             f"{row['closer_to_training']['judge']:5.1%} {row['seconds_per_picture']:6.2f}"

@@ -16,13 +16,15 @@ import torch
 from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from clipmatch.checkpoint import load_checkpoint
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.demo_train import SIZE, train_small
-from clipmatch.embedder import BatchedEmbedder, TorchEmbedder
+from clipmatch.embedder import TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import is_begun, is_finished
+from clipmatch.generation.painter import PaintConfig, Painter, load_painter
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.priortrain import train_prior
 from clipmatch.generation.settings import GENERATOR, GUIDE, PriorTraining, VQConfig
@@ -38,9 +40,9 @@ PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # Together at most ten minutes on two cores (measured; `run_generation_demo` prints what they took).
 VQ_SETTINGS = VQConfig(
-    size=SIZE, channels=(64,), layers=2, codes=512, code_width=8, steps=1200, batch_size=16, rate=2e-3
+    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=4000, batch_size=4, rate=1.5e-3
 )
-PRIOR_SETTINGS = PriorTraining(steps=2600, batch_size=24)
+PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=3200, batch_size=24, rate=2e-3, captioned=0.85)
 
 
 def run_generation_demo(out: Path, seed: int = 0) -> str:
@@ -51,10 +53,10 @@ def run_generation_demo(out: Path, seed: int = 0) -> str:
     began = time.perf_counter()
     train_generator(out, splits, seed)
     seconds = time.perf_counter() - began
-    guide, vqgan, prior = load_world(out)
+    painter = load_painter(str(out / GUIDE), str(out / GENERATOR))
     prompts = [row.captions[0] for row in splits.dev[:PAINTED]]
     began = time.perf_counter()
-    painted = paint_prompts(guide, vqgan, prior, prompts, seed)
+    painted = paint_prompts(painter, prompts, seed)
     each = (time.perf_counter() - began) / len(prompts)
     write_prompt_sheet(painted, prompts, out / SHEET)
     return "\n".join(
@@ -84,7 +86,7 @@ def train_generator(out: Path, splits: Splits, seed: int) -> None:
     folder, guide = out / GENERATOR, str(out / GUIDE)
     if not is_finished(folder, VQ_SETTINGS.steps):
         note("the autoencoder (VQGAN) of the scenes")
-        settings = replace(VQ_SETTINGS, perceptual=guide, seed=seed)
+        settings = replace(VQ_SETTINGS, seed=seed)
         if not train_vqgan([row.path for row in splits.train], folder, settings, resume=is_begun(folder)):
             raise ClipmatchError(STOPPED)
     if not is_finished(folder / PRIOR, PRIOR_SETTINGS.steps):
@@ -102,11 +104,13 @@ def load_world(out: Path) -> tuple[TorchEmbedder, VQModel, Prior]:
     return embedder, load_vqgan(out / GENERATOR), load_prior(out / GENERATOR / PRIOR)
 
 
-def paint_prompts(
-    guide: BatchedEmbedder, vqgan: VQModel, prior: Prior, prompts: list[str], seed: int
-) -> NDArray[np.uint8]:
-    """Sentences -> pictures uint8 [n, s, s, 3], the seeds counted up from one to the next."""
-    return paint_rows(vqgan, prior, torch.from_numpy(guide.embed_texts(prompts)), seed)
+def paint_prompts(painter: Painter, prompts: list[str], seed: int) -> NDArray[np.uint8]:
+    """Sentences -> pictures uint8 [n, s, s, 3] as `clipmatch generate` paints them, the seeds counted up."""
+    pictures = []
+    for number, prompt in enumerate(tqdm(prompts, desc="painting", unit="img")):
+        painted, _ = painter.paint(PaintConfig(prompt, steps=painter.steps, seed=seed + number))
+        pictures.append(as_bytes(painted[0].picture[None]))
+    return np.concatenate(pictures)
 
 
 def paint_rows(vqgan: VQModel, prior: Prior, rows: torch.Tensor, seed: int) -> NDArray[np.uint8]:

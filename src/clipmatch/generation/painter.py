@@ -32,6 +32,7 @@ from clipmatch.modelfolder import CONFIG
 from clipmatch.preprocess import load_image
 
 PRIOR = "prior"  # folder inside that of a generator
+ALONE, REFINING = 200, 40  # steps of guidance, if not said otherwise: without a prior, and after it
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PaintConfig:
     prompt: str
     n: int = 1
     size: int | None = None
-    steps: int = 200  # of guidance; 0: what the prior paints, as it is
+    steps: int = ALONE  # of guidance; 0: what the prior paints, as it is
     seed: int = 0
     init: Path | None = None
     strength: float = 1.0
@@ -80,6 +81,7 @@ class Painter:
         self, guide: Guide, canvas: Canvas, prior: Prior | None = None, judge: BatchedEmbedder | None = None
     ) -> None:
         self.guide, self.canvas, self.prior, self.judge = guide, canvas, prior, judge
+        self.steps = REFINING if prior else ALONE  # that are worth taking
 
     def paint(
         self,

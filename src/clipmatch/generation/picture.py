@@ -59,13 +59,13 @@ def check_writable(path: Path) -> None:
 
 
 class Film:
-    """The frames of an animation, thinned out to `FRAMES` of them at most.
+    """The frames of an animation: every one, until there are more than `FRAMES`; then every second, and so on.
 
     Raises ClipmatchError at once for a file that could not be written at the end.
     """
 
-    def __init__(self, path: Path, steps: int):
-        self.path, self.every = path, max(1, -(-steps // FRAMES))
+    def __init__(self, path: Path):
+        self.path, self.every = path, 1
         self.frames: list[NDArray[np.uint8]] = []  # each [n, h, w, 3]
         if path.suffix.lower() not in (".gif", ".mp4"):
             raise ClipmatchError(f"The animation {path} can be a .gif or a .mp4; name it so.")
@@ -81,6 +81,8 @@ class Film:
         if step % self.every == 0:
             frame = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [n, h, w, 3]
             self.frames.append(frame.numpy())
+        if len(self.frames) > FRAMES:
+            self.frames, self.every = self.frames[::2], 2 * self.every
 
     def save(self, number: int, last: Tensor) -> None:
         """Write the frames of the picture of that number, and what became of it [3, h, w] as the last one.

@@ -6,10 +6,10 @@ classifier-free guidance as in Muse (Chang et al., ICML 2023).
 
 Convolutions look at neighbouring tokens, the transformer at the whole picture, a square of 2 x 2 tokens to a place: a
 quarter of the places, and of the time. Both know what the codes mean to the VQGAN, so that codes which look alike need
-not be learnt one by one.
+not be learnt one by one. The embedding shifts and scales what each layer normalises (Peebles and Xie, DiT, ICCV 2023).
 
 Letters: n pictures, t = y * y tokens of a picture, k codes of c numbers, d embedding width, w the transformer's width,
-v that of the convolutions, p prefix tokens, l places (t / 4).
+v that of the convolutions, l places (t / 4).
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class PriorConfig:
     local_width: int = 64  # of the convolutions
     layers: int = 6
     heads: int = 6
-    prefix: int = 8  # tokens that carry the embedding
     guide: str = ""
     vqgan: str = ""
 
@@ -60,7 +59,7 @@ class PriorConfig:
 
 
 class Prior(nn.Module):
-    """A bidirectional transformer over an embedding's prefix and the codes, those that are not painted yet masked.
+    """A bidirectional transformer over the codes, those that are not painted yet masked, steered by an embedding.
 
     book: the VQGAN's codes [k, c]; not given for weights that are loaded, which have them.
     """
@@ -75,33 +74,37 @@ class Prior(nn.Module):
         book = torch.zeros(config.codes, config.code_width) if book is None else (book - book.mean(0)) / book.std()
         self.register_buffer("book", book)
         self.token, self.meaning = nn.Embedding(config.codes + 1, local), nn.Linear(config.code_width, local)
-        self.before = nn.Sequential(Neighbours(local), Neighbours(local))
+        self.before = nn.ModuleList(Neighbours(local, width) for _ in range(2))
         self.gather = nn.Conv2d(local, width, SQUARE, SQUARE)
         self.row, self.column = (nn.Parameter(torch.randn(side, width) * 0.02) for _ in range(2))
-        self.condition = nn.Linear(config.embed_dim, (config.prefix + 1) * width)
+        self.condition = nn.Sequential(
+            nn.Linear(config.embed_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.nothing = nn.Parameter(torch.zeros(config.embed_dim))  # the embedding of no prompt
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.spread = nn.ConvTranspose2d(width, local, SQUARE, SQUARE)
-        self.after = nn.Sequential(Neighbours(local), Neighbours(local))
+        self.after = nn.ModuleList(Neighbours(local, width) for _ in range(2))
         self.closing = nn.LayerNorm(local)
         self.head, self.likeness = nn.Linear(local, config.codes), nn.Linear(local, config.code_width)
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
         """Numbers of codes [n, t], some of them `mask`, and rows [n, d] -> logits [n, t, k]."""
-        near = self.before(self.look_up(tokens))  # [n, v, y, y]
         scale = self.config.embed_dim**0.5  # a unit row has small numbers
-        made = self.condition(embeddings * scale).view(len(tokens), -1, self.config.width)  # [n, p + 1, w]
+        asked = self.condition(embeddings * scale)  # [n, w]
+        near = self.look_up(tokens)  # [n, v, y, y]
+        for layer in self.before:
+            near = layer(near, asked)
         places = (self.row[:, None] + self.column[None]).flatten(0, 1)  # [l, w]
-        hidden = self.gather(near).flatten(2).transpose(1, 2) + places + made[:, :1]  # [n, l, w]
-        hidden = torch.cat([made[:, 1:], hidden], dim=1)  # [n, p + l, w]
+        hidden = self.gather(near).flatten(2).transpose(1, 2) + places  # [n, l, w]
         for block in self.blocks:
-            hidden = block(hidden)
-        hidden = self.norm(hidden[:, self.config.prefix :])
-        grid = hidden.transpose(1, 2).unflatten(2, (self.config.side // SQUARE, -1))  # [n, w, y / 2, y / 2]
-        found = self.after(near + self.spread(grid)).flatten(2).transpose(1, 2)  # [n, t, v]
-        found = self.closing(found)
+            hidden = block(hidden, asked)
+        grid = self.norm(hidden).transpose(1, 2).unflatten(2, (self.config.side // SQUARE, -1))  # [n, w, y / 2, y / 2]
+        near = near + self.spread(grid)
+        for layer in self.after:
+            near = layer(near, asked)
+        found = self.closing(near.flatten(2).transpose(1, 2))  # [n, t, v]
         logits: Tensor = self.head(found) + self.likeness(found) @ self.book.T  # [n, t, k]
         return logits
 
@@ -158,40 +161,48 @@ class Prior(nn.Module):
 
 
 class Neighbours(nn.Module):
-    """Two convolutions over neighbouring tokens, beside a residual."""
+    """Two convolutions over neighbouring tokens, beside a residual; steered: width of what steers them."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, steered: int):
         super().__init__()
+        self.norm, self.steer = nn.GroupNorm(1, width), steering(steered, 2 * width)
         self.layers = nn.Sequential(
-            nn.GroupNorm(1, width),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1)
         )
 
-    def forward(self, grid: Tensor) -> Tensor:
-        """[n, v, y, y] -> [n, v, y, y]."""
-        found: Tensor = grid + self.layers(grid)
+    def forward(self, grid: Tensor, asked: Tensor) -> Tensor:
+        """[n, v, y, y], [n, w] -> [n, v, y, y]."""
+        shift, scale = self.steer(asked)[:, :, None, None].chunk(2, dim=1)
+        found: Tensor = grid + self.layers(self.norm(grid) * (1 + scale) + shift)
         return found
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward layer, each after a norm and beside a residual."""
+    """Self-attention and a feed-forward layer, each after a norm and beside a residual, steered by the embedding."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.steer = heads, steering(width, 6 * width)
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mix, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[n, t, w] -> [n, t, w]."""
-        mixed = self.mix(self.norm_in(hidden)).unflatten(2, (3, self.heads, -1))  # [n, t, 3, heads, w / heads]
-        query, key, value = mixed.permute(2, 0, 3, 1, 4)  # each [n, heads, t, w / heads]
-        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)  # [n, heads, t, t]
-        hidden = hidden + self.merge((weights @ value).transpose(1, 2).flatten(2))
-        return hidden + self.feed(self.norm_out(hidden))  # type: ignore[no-any-return]
+    def forward(self, hidden: Tensor, asked: Tensor) -> Tensor:
+        """[n, l, w], [n, w] -> [n, l, w]."""
+        shift, scale, much, shift_out, scale_out, much_out = self.steer(asked)[:, None].chunk(6, dim=2)
+        mixed = self.mix(self.norm_in(hidden) * (1 + scale) + shift).unflatten(2, (3, self.heads, -1))
+        query, key, value = mixed.permute(2, 0, 3, 1, 4)  # each [n, heads, l, w / heads]
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)  # [n, heads, l, l]
+        hidden = hidden + (1 + much) * self.merge((weights @ value).transpose(1, 2).flatten(2))
+        return hidden + (1 + much_out) * self.feed(self.norm_out(hidden) * (1 + scale_out) + shift_out)  # type: ignore[no-any-return]
+
+
+def steering(width: int, numbers: int) -> nn.Linear:
+    """A layer that begins as if there were no embedding."""
+    layer = nn.Linear(width, numbers)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def gumbel(shape: torch.Size, draws: list[torch.Generator]) -> Tensor:

@@ -81,7 +81,7 @@ def train_prior(
         write_rows(rows, vqgan, guide, out, progress)
     data = PriorData(**load_file(out / ROWS))
     codes = load_vqgan(vqgan)
-    shape = {name: getattr(settings, name) for name in ("width", "local_width", "layers", "heads", "prefix")}
+    shape = {name: getattr(settings, name) for name in ("width", "local_width", "layers", "heads")}
     book = codes.quantize.embedding.weight
     config = PriorConfig(
         tokens=data.tokens.shape[1],

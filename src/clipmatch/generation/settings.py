@@ -60,7 +60,6 @@ class PriorTraining:
     layers: int = 6
     heads: int = 6
     local_width: int = 64
-    prefix: int = 8
     steps: int = 10_000
     batch_size: int = 64
     rate: float = 1e-3
@@ -73,7 +72,7 @@ class PriorTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rate", "width", "layers", "heads", "prefix", "local_width"):
+        for name in ("steps", "batch_size", "rate", "width", "layers", "heads", "local_width"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
         for name in ("unprompted", "captioned"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1", getattr(self, name))

@@ -102,7 +102,8 @@ export class Easel {
     this.actions.hidden = false;
     const another = el("button", { type: "button", text: "Another", title: "The next seed", onclick: () => { this.seed.value = seed + 1; this.start(); } });
     const search = el("button", { type: "button", text: "Search by it", onclick: () => {
-      const data = Uint8Array.from(atob(image.split(",")[1]), (letter) => letter.charCodeAt(0)); // no fetch: the page may ask its server alone
+      // Not by fetch: the page may ask its server alone.
+      const data = Uint8Array.from(atob(image.split(",")[1]), (letter) => letter.charCodeAt(0));
       this.dialog.close();
       this.hooks.searchBy(new File([data], "painting.png", { type: "image/png" }));
     } });
