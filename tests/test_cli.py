@@ -75,7 +75,7 @@ def test_help_lists_the_commands_in_words():
 
 def test_the_examples_of_the_help_name_real_options():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.strip().startswith("clipmatch ")]
-    assert len(lines) == 15
+    assert len(lines) == 16
     for _, name, *words in lines:
         command = ALL[name]
         while isinstance(command, click.Group):

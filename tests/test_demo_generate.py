@@ -10,7 +10,7 @@ from PIL import Image
 
 from clipmatch.cli import main
 from clipmatch.data import load_captions, split_captions
-from clipmatch.generation import demo_evaluation, demo_generate
+from clipmatch.generation import demo_evaluation, demo_generate, judge
 from clipmatch.generation.settings import PriorTraining, VQConfig
 from clipmatch.scenes import content_key, sample_splits
 
@@ -71,6 +71,17 @@ def test_every_row_of_the_table_is_measured(world, monkeypatch):
     assert json.loads(json.dumps(figures))["chance"] == 1 / 20
     table = demo_evaluation.table(figures)
     assert all(name in table for name in rows)
+
+
+def test_a_finished_judge_is_not_trained_again(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "generate", lambda *_, **__: scenes)
+    trained = []
+    monkeypatch.setattr(judge, "train_small", lambda run, *_: trained.append(run) or True)
+    for step, times in ((5, 1), (10, 1)):
+        (tmp_path / "judge" / "last").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "judge" / "last" / "state.json").write_text(json.dumps({"step": step, "total": 10}))
+        assert judge.make_judge(tmp_path)[0] == tmp_path / "judge"
+        assert len(trained) == times
 
 
 def test_the_judges_scenes_are_none_of_the_guides():

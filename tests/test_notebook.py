@@ -123,7 +123,9 @@ def test_away_from_colab_it_trains_on_scenes(twice):
     assert (folder / "run" / "evaluation.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("part", ["plt.subplots", "training_curves(result", "similarity_plot(evaluation", "load_painter("])
+@pytest.mark.parametrize(
+    "part", ["plt.subplots", "training_curves(result", "similarity_plot(evaluation", "load_painter("]
+)
 def test_figures_show(twice, part):
     for cells in twice[1:]:
         (image,) = pictures(only(cells, part))

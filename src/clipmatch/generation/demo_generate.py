@@ -40,9 +40,9 @@ PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # Together at most ten minutes on two cores (measured; `run_generation_demo` prints what they took).
 VQ_SETTINGS = VQConfig(
-    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=4000, batch_size=4, rate=1.5e-3
+    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=3000, batch_size=4, rate=1.5e-3
 )
-PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=3200, batch_size=24, rate=2e-3, captioned=0.85)
+PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=2400, batch_size=24, rate=2e-3, captioned=0.85)
 
 
 def run_generation_demo(out: Path, seed: int = 0) -> str:

@@ -7,6 +7,7 @@ the captions, and the text tower's shape. Knows nothing of generators.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from clipmatch.config import ModelConfig
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.demo_train import SIZE, learn_tokenizer, small_model, train_small
 from clipmatch.errors import ClipmatchError
+from clipmatch.runstate import STATE
 from clipmatch.scenes import generate
 
 GUIDE_SCENES = 8500  # of the guide's set, train and dev, that the judge's leaves out
@@ -38,13 +40,24 @@ def judge_model(vocab_size: int) -> ModelConfig:
 
 
 def make_judge(out: Path, seed: int = 0, train: int = 8000, progress: bool = True) -> tuple[Path, Splits]:
-    """Draw the judge's scenes and train it, or what is left of that -> its run's folder, its scenes.
+    """Draw the judge's scenes and train it, as far as that is not done -> its run's folder, its scenes.
 
     seed: of the guide; the judge's is the next. Raises ClipmatchError when Ctrl-C stopped it.
     """
     folder = generate(out / SCENES, train, DEV, SIZE, seed, progress, skip=GUIDE_SCENES)
     splits = split_captions(load_captions(folder))
+    if is_finished(out / RUN):
+        return out / RUN, splits
     tokenizer = learn_tokenizer(splits.train)
     if not train_small(out / RUN, splits, seed + 1, judge_model(tokenizer.vocab_size)):
         raise ClipmatchError("The judge's training was stopped; the same command goes on where it was.")
     return out / RUN, splits
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a training run has taken its last step."""
+    try:
+        state = json.loads((run / "last" / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(state["step"] == state["total"])
