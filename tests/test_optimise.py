@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import VQModel
 from PIL import Image
 
 from clipmatch.embedder import TorchEmbedder
@@ -10,23 +9,13 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.generation.canvas import VQCanvas, as_pixels
 from clipmatch.generation.guide import Guide, Targets
 from clipmatch.generation.optimise import GuidanceConfig, falling_rate, optimise, start
+from clipmatch.generation.vqgan import load_vqgan
 
 
 @pytest.fixture(scope="module")
-def vqgan():
-    """A VQGAN of 16,000 random weights: 32 codes, 2 pixels each."""
-    torch.manual_seed(0)
-    model = VQModel(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 16],
-        norm_num_groups=4,
-        latent_channels=4,
-        num_vq_embeddings=32,
-        sample_size=16,
-    )
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    return model.eval()
+def vqgan(vqgan):
+    """The model in the tiny VQGAN's folder."""
+    return load_vqgan(vqgan)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ does what may take long. The index may change meanwhile: each question sees it a
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import mimetypes
 import tempfile
@@ -62,6 +61,7 @@ from clipmatch.wire import (
     WhyQuestion,
     answer_of,
     clean,
+    data_url,
     photo_row,
     photo_values,
 )
@@ -472,7 +472,7 @@ async def finished(service: Service, painted: Painted) -> Finished:
     data = await asyncio.to_thread(file_of, painted)
     row = await asyncio.to_thread(embed, service.embedder, data, ".png")
     found = await service.desk.ask(lambda index: find(index, Question(size=NEAREST), row))
-    image = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    image = data_url(data, "image/png")
     return Finished(image=image, score=painted.score, seed=int(painted.facts["seed"]), nearest=found.matches)
 
 
@@ -483,7 +483,7 @@ def why(embedder: Embedder, query: Query, photo: Photo) -> Why:
     found = explain(cast(BatchedEmbedder, embedder), query, photo.path)  # as all that `load_model` gives are
     buffer = BytesIO()
     found.picture(1280).convert("RGB").save(buffer, "jpeg", quality=85)
-    image = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image = data_url(buffer.getvalue(), "image/jpeg")
     return Why(image=image, words=[(word, float(change)) for word, change in found.words], score=float(found.score))
 
 

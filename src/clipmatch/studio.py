@@ -8,7 +8,6 @@ painting. Knows nothing of indexes.
 from __future__ import annotations
 
 import asyncio
-import base64
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from clipmatch.wire import PaintEvent, PaintQuestion
+from clipmatch.wire import PaintEvent, PaintQuestion, data_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +46,7 @@ class Studio:
             nonlocal last
             if time.monotonic() - last < PAUSE:
                 return
-            image = data_url(progress.pictures[0])
+            image = preview_of(progress.pictures[0])
             loop.call_soon_threadsafe(
                 previews.put_nowait, PaintEvent(step=progress.step, steps=question.steps, image=image)
             )
@@ -91,10 +90,10 @@ def file_of(painted: Painted) -> bytes:
     return buffer.getvalue()
 
 
-def data_url(picture: Tensor) -> str:
+def preview_of(picture: Tensor) -> str:
     """A picture [3, h, w] in 0..1 as an address that holds it: a JPEG, which is small."""
     from clipmatch.generation.picture import to_image
 
     buffer = BytesIO()
     to_image(picture).save(buffer, "jpeg", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), "image/jpeg")

@@ -6,6 +6,7 @@ Knows nothing of HTTP. A photograph's path is shown, never taken: clients name p
 
 from __future__ import annotations
 
+import base64
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -235,6 +236,11 @@ def photo_values(number: int, photo: Photo) -> dict[str, Any]:
 def clean(text: str | None) -> str | None:
     """Text that UTF-8 can hold."""
     return text and text.encode("utf-8", "replace").decode()
+
+
+def data_url(data: bytes, media_type: str) -> str:
+    """A file as an address that holds it."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def photo_row(number: int, photo: Photo) -> PhotoRow:
