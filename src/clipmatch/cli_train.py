@@ -162,6 +162,11 @@ def train_options(command: Command) -> Command:
     show_default=True,
     help="Held out if there are no split files.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Read WebDataset archives as they are learnt from, each process its share; no table, no cache of all pictures.",
+)
 @click.option("--out", required=True, metavar="DIR", help="Folder of the run: best/, last/, log.jsonl, tensorboard/.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would do and take, from a few measured steps.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")

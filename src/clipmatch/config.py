@@ -76,6 +76,7 @@ class DataConfig:
     train_split: str | None = None  # files with one image name a line; None: the official ones if they are there,
     dev_split: str | None = None  # else a fraction of the images, chosen by a hash of their names
     dev_fraction: float = 0.1
+    stream: bool = False  # WebDataset archives: read as a model learns from them; of all pictures nothing is kept
 
     def __post_init__(self) -> None:
         require(0 < self.dev_fraction < 1, "dev_fraction must lie between 0 and 1", self.dev_fraction)

@@ -84,7 +84,7 @@ class Splits:
     origin: in words, where the division comes from. missing: images that the caption file lists and the folder lacks.
     """
 
-    train: tuple[CaptionedImage, ...]
+    train: Sequence[CaptionedImage]
     dev: tuple[CaptionedImage, ...]
     origin: str
     missing: tuple[str, ...] = ()

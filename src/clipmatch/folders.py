@@ -180,15 +180,19 @@ def sample_entries(
     number: int, shard: Path, name: str, stem: str, sample: dict[str, Member]
 ) -> Iterator[Entry | LineNote]:
     """A sample -> its entries, or a note that says what it lacks. name: of the archive, below the root."""
-    from clipmatch.imageformats import SUFFIXES
-
-    picture = next((member for suffix, member in sample.items() if f".{suffix}" in SUFFIXES and member.size), None)
-    captions = sample_captions(shard, sample)
+    picture, captions = sample_picture(sample), sample_captions(shard, sample)
     if picture is None or not captions:
         yield LineNote(number, f"{name}/{stem} has no {'picture' if picture is None else 'caption that can be read'}")
         return
     for caption in captions:
         yield Entry(number, f"{name}/{picture.name}", caption, split=split_of(name))
+
+
+def sample_picture(sample: dict[str, Member]) -> Member | None:
+    """The picture of a sample, if it has one."""
+    from clipmatch.imageformats import SUFFIXES
+
+    return next((member for suffix, member in sample.items() if f".{suffix}" in SUFFIXES and member.size), None)
 
 
 def sample_captions(shard: Path, sample: dict[str, Member]) -> list[str]:

@@ -21,8 +21,10 @@ from torch import nn
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig
 from clipmatch.data import CaptionedImage, Splits
+from clipmatch.errors import ClipmatchError
 from clipmatch.features import FeatureTable, cache_root
 from clipmatch.model import CLIPModel
+from clipmatch.ranks import Ranks
 from clipmatch.sources import CachedImages, CachedTexts
 from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Trainer, shape_of_epoch
@@ -100,7 +102,9 @@ def plan_run(
 ) -> Plan:
     """What `train` would do with the same arguments. Raises ClipmatchError where it would."""
     find_state(Path(settings.out), False)
-    splits = data if isinstance(data, Splits) else read_splits(data)
+    if isinstance(data, DataConfig) and data.stream:
+        raise ClipmatchError("--dry-run looks at all captions; leave out --stream, and name a few of the archives.")
+    splits = data if isinstance(data, Splits) else read_splits(data, Ranks(settings.device))
     checkpoint = start_from(model, tokenizer)
     batch_size, _, steps = shape_of_epoch(len(splits.train), settings)
     few = Splits(repeat(splits.train[:SAMPLE], batch_size), splits.dev[:SAMPLE], splits.origin)

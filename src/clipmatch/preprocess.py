@@ -7,6 +7,7 @@ Shapes: b images, s the side of the square in pixels, h and w the sides of a pic
 
 from __future__ import annotations
 
+import io
 import math
 import stat
 import struct
@@ -65,14 +66,15 @@ class ImageError(ClipmatchError):
 # Image files --------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
-    """Image file -> RGB image, upright, transparency on white, first frame of an animation.
+def load_image(path: str | Path, min_size: int | None = None, data: bytes | None = None) -> Image.Image:
+    """Image file -> RGB image, upright, transparency on white, first frame of an animation. data: its bytes, if they
+    are at hand.
 
     With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster;
     neither side then falls below `min_size`. Of a RAW file it is the embedded preview. Whatever is wrong with the file,
     the one exception is `ImageError`.
     """
-    with opened(Path(path)) as image:
+    with opened(Path(path), data) as image:
         return decoded(image, min_size)
 
 
@@ -100,11 +102,12 @@ def decoded(image: Image.Image, min_size: int | None) -> Image.Image:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     """An image file of which the header has been read. Whatever goes wrong with it inside, it is an `ImageError`."""
     try:
-        check_file(path)
-        with open_file(path) as file:
+        if data is None:
+            check_file(path)
+        with open_file(path) if data is None else io.BytesIO(data) as file:
             yield open_image(path, file)
     except ImageError:
         raise

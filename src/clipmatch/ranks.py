@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.runtime import choose_device
 
 Answer = TypeVar("Answer")
+
+PATIENCE = timedelta(hours=6)  # the first may fill caches for hours; that one has died, the others see at once
 
 
 class Ranks:
@@ -31,7 +35,9 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu")
+            kind = (device or str(choose_device())).partition(":")[0]
+            with meeting():  # without a CUDA device, accelerate would take each for alone unless it is told
+                self._state = PartialState(cpu=kind in ("cpu", "mps"), timeout=PATIENCE)
             self.count, self.number = self._state.num_processes, self._state.process_index
             self.device = str(self._state.device)
             atexit.register(leave)  # threads of the group that outlive Python would abort the process
@@ -43,14 +49,20 @@ class Ranks:
 
     # Taking turns, agreeing
 
-    def first_first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def first_first(self) -> Iterator[None]:
         """Context: the first process goes through it before the others, who find what it has made."""
-        return self._state.main_process_first() if self._state else nullcontext()  # type: ignore[no-any-return]
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
 
     def wait(self) -> None:
         """Until all are here."""
         if self._state:
-            self._state.wait_for_everyone()
+            with meeting():
+                self._state.wait_for_everyone()
 
     def of_first(self, ask: Callable[[], Answer]) -> Answer:
         """What the first process answers, in all; what stops it stops all. The others do not ask."""
@@ -62,17 +74,38 @@ class Ranks:
                 reply[0] = ask()
             except ClipmatchError as error:
                 reply[1] = str(error)
-        dist.broadcast_object_list(reply, src=0)
+        with meeting():
+            dist.broadcast_object_list(reply, src=0)
         if reply[1] is not None:
             raise ClipmatchError(reply[1])
         return reply[0]  # type: ignore[no-any-return]
+
+    def of_all(self, own: Answer) -> list[Answer]:
+        """What each process has, in their order, in all."""
+        found: list[Any] = [own] * self.count
+        if self.count > 1:
+            with meeting():
+                dist.all_gather_object(found, own)
+        return found
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raise ClipmatchError, in all, if one of these named facts is not the same everywhere."""
+        held = self.of_all(facts)
+        for name, value in held[0].items():
+            others = [number for number, other in enumerate(held) if other[name] != value]
+            if others:
+                raise ClipmatchError(
+                    f"Process {others[0]} of {self.count} has other {name} than process 0; give all machines the same "
+                    "files and options."
+                )
 
     def fewest(self, count: int) -> int:
         """The smallest of the counts that the processes have."""
         if self.count == 1:
             return count
         held = torch.tensor(count, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MIN)
+        with meeting():
+            dist.all_reduce(held, dist.ReduceOp.MIN)
         return int(held)
 
     def any(self, flag: bool) -> bool:
@@ -84,8 +117,9 @@ class Ranks:
     def share_weights(self, model: nn.Module) -> None:
         """Give all processes the weights of the first."""
         if self.count > 1:
-            for value in model.state_dict().values():
-                dist.broadcast(value, src=0)
+            with meeting():
+                for value in model.state_dict().values():
+                    dist.broadcast(value, src=0)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows [b, ...] of each process, not all as many -> those of all, in the order of the processes.
@@ -96,12 +130,14 @@ class Ranks:
         if self.count == 1:
             return rows
         sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.count)]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        with meeting():
+            dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
         longest = int(torch.stack(sizes).max())
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
         held = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(held, padded)
+        with meeting():
+            dist.all_gather(held, padded)
         parts = [part[: int(size)] for part, size in zip(held, sizes, strict=True)]
         if rows.requires_grad:
             own = rows.clone()
@@ -119,10 +155,26 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        with meeting():
+            dist.all_reduce(flat)
         flat /= self.count
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Context: all processes take part; what they say when one of them has gone is a ClipmatchError."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of a dozen texts, by backend and by what was under way
+        first = str(error).strip().splitlines()[0][:200]
+        raise ClipmatchError(
+            "Another process of this run has ended or can't be reached; its own last line says why. Start all of them "
+            f"again with --resume. ({first})"
+        ) from error
 
 
 def leave() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,7 +94,7 @@ class LiveImages:
                 pixels.append(self.read(item, epoch))
                 used.append(True)
             except ImageError as error:
-                failures.append(Failure(self.paths[item], error.reason))
+                failures.append(Failure(Path(error.path), error.reason))
                 used.append(False)
         size = self.transform.config.size
         return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, 3)), used, failures
@@ -104,13 +105,17 @@ class LiveImages:
             return self.kept[item]
         size = self.transform.config.size
         if self.augment and epoch != PLAIN:
-            image = load_image(self.paths[item], min_size=size * 2)  # a crop of it is still sharp
+            image = self.load(item, size * 2)  # a crop of it is still sharp
             rng = draw(self.seed, epoch, item)
             return self.transform.pixels(self.transform.augment(image, rng, flip=self.flip))
-        pixels = self.transform.pixels(load_image(self.paths[item], min_size=size))
+        pixels = self.transform.pixels(self.load(item, size))
         if self.kept is not None:
             self.kept[item] = pixels
         return pixels
+
+    def load(self, item: int, min_size: int) -> Image:
+        """One picture, decoded. Raises ImageError."""
+        return load_image(self.paths[item], min_size)
 
     def features(self, model: CLIPModel, batch: Tensor) -> Tensor:
         """Pixels, uint8 [b, s, s, 3] -> [b, h]."""
@@ -292,6 +297,10 @@ class Sources:
 
     def pairs(self, rows: Sequence[CaptionedImage]) -> tuple[PairDataset, list[Failure]]:
         """Rows to learn from, and the pictures already found unreadable."""
+        from clipmatch.streaming import ShardRows, stream_pairs  # here: it builds upon this module
+
+        if isinstance(rows, ShardRows):
+            return stream_pairs(rows, self.checkpoint, self.settings, self.seed), []
         images, failures = self.images(rows, self.settings.views, self.settings.augment)
         first = np.cumsum([0, *(len(row.captions) for row in rows)])
         return PairDataset(images, self.texts(rows), first, self.seed), failures
@@ -354,18 +363,23 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         self.count, self.batch_size, self.epochs, self.seed, self.start = count, batch_size, epochs, seed, start
         self.neighbours, self.share, self.part = neighbours, share, part
         self.per_epoch = max(1, count // batch_size)
+        self.ordered: tuple[int, NDArray[np.int64]] | None = None  # the latest epoch and its order
 
     def __len__(self) -> int:
         return self.per_epoch * self.epochs - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        number_of_part, parts = self.part
         for number in range(self.start, self.per_epoch * self.epochs):
             epoch, place = divmod(number, self.per_epoch)
-            if place == 0 or number == self.start:
-                order = self.order(epoch)
-            batch = order[place * self.batch_size : (place + 1) * self.batch_size]
-            number_of_part, parts = self.part
-            yield [(epoch, int(item)) for item in np.array_split(batch, parts)[number_of_part]]
+            batch = np.array_split(self.batch(epoch, place), parts)[number_of_part]
+            yield [(epoch, int(item)) for item in batch]
+
+    def batch(self, epoch: int, place: int) -> NDArray[np.int64]:
+        """The pictures of a batch, by its place in the epoch [b]."""
+        if self.ordered is None or self.ordered[0] != epoch:
+            self.ordered = epoch, self.order(epoch)
+        return self.ordered[1][place * self.batch_size : (place + 1) * self.batch_size]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The pictures of an epoch, batch after batch."""

@@ -45,7 +45,8 @@ from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runstate import RunState, SaveClock
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_draws, usable_cores
-from clipmatch.sources import Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
+from clipmatch.sources import SAMPLE, Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
+from clipmatch.streaming import ShardRows, StreamedBatches
 from clipmatch.teachers import Teachers, ask_teachers
 
 
@@ -75,7 +76,10 @@ class Trainer:
         self.ranks = ranks = ranks or Ranks(settings.device)
         progress = progress and ranks.is_first
         self.settings, self.splits, self.progress = settings, splits, progress
-        self.train_hash, self.dev_hash = content_hash(splits.train), content_hash(splits.dev)
+        self.train_hash = (
+            splits.train.content_hash if isinstance(splits.train, ShardRows) else content_hash(splits.train)
+        )
+        self.dev_hash = content_hash(splits.dev)
         self.out = Path(settings.out)
         self.seed = state.get("seed", settings.seed) if state else seed_of_draws(settings.seed, checkpoint.fingerprint)
         self.began_from = state.get("began_from", "") if state else checkpoint.fingerprint  # "": new heads
@@ -87,13 +91,22 @@ class Trainer:
         if not checkpoint.fingerprint:  # not loaded from a model folder, so not trained before
             refuse_frozen_random(self.model.config, settings)
         image_blocks = prepare_towers(self.model, settings, self.device)
+        ranks.agree(
+            {
+                "pictures or captions to train on": self.train_hash,
+                "pictures or captions for dev": self.dev_hash,
+                "weights to begin with": checkpoint.fingerprint,
+                "settings": {**to_json(settings), "device": None, "out": None},
+            }
+        )
         self.failures = missing_files(splits.missing)
         sources = Sources(checkpoint, settings, self.seed, image_blocks, self.precision, self.device, progress)
         with ranks.first_first():  # it fills the caches
             self.pairs, missing = sources.pairs(splits.train)
             self.dev, missing_dev = sources.dev_set(splits.dev)
         self.failures += missing + missing_dev
-        self.findings = list(check_captions(splits.train))  # that are not said yet
+        some = splits.train[:SAMPLE] if isinstance(splits.train, ShardRows) else splits.train
+        self.findings = list(check_captions(some))  # that are not said yet
         for kind, source, encoder in (
             ("image", self.pairs.images, self.model.image_encoder),
             ("text", self.pairs.texts, self.model.text_encoder),
@@ -147,16 +160,21 @@ class Trainer:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if settings.hard_negatives and place == 0 and epoch % settings.mine_every == 0:
             self.neighbours = self.ranks.of_first(self.mine)
-        sampler = EpochBatches(
-            len(self.splits.train),
-            self.batch_size,
-            settings.epochs if self.neighbours is None else epoch + 1,
-            self.seed,
-            epoch * self.batches + place * settings.accumulate,
-            neighbours=None if self.neighbours is None else self.neighbours.numpy(),
-            share=settings.hard_negatives,
-            part=(self.ranks.number, self.ranks.count),
-        )
+        start, part = epoch * self.batches + place * settings.accumulate, (self.ranks.number, self.ranks.count)
+        rows = self.splits.train
+        if isinstance(rows, ShardRows):
+            sampler: EpochBatches = StreamedBatches(rows, self.batch_size, settings.epochs, self.seed, start, part)
+        else:
+            sampler = EpochBatches(
+                len(rows),
+                self.batch_size,
+                settings.epochs if self.neighbours is None else epoch + 1,
+                self.seed,
+                start,
+                neighbours=None if self.neighbours is None else self.neighbours.numpy(),
+                share=settings.hard_negatives,
+                part=part,
+            )
         workers = settings.workers
         if workers is None:
             each = usable_cores() // 2 // self.ranks.count

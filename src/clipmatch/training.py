@@ -29,6 +29,7 @@ from clipmatch.ranks import Ranks
 from clipmatch.runlog import note, note_quirks
 from clipmatch.runstate import STATE
 from clipmatch.runtime import seed_everything
+from clipmatch.streaming import ShardRows, stream_splits
 from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Result, Trainer
 
@@ -50,8 +51,8 @@ def train(
     Raises ClipmatchError on bad settings or data, an existing run without `resume`, a loss that is not finite.
     """
     run = Path(settings.out)
-    splits = data if isinstance(data, Splits) else read_splits(data)
-    ranks = Ranks(settings.device)
+    ranks = Ranks(settings.device)  # before anything can go wrong in one of them alone: the others see it end
+    splits = data if isinstance(data, Splits) else read_splits(data, ranks)
     state = ranks.of_first(lambda: find_state(run, resume))
     seed_everything(settings.seed)
     checkpoint = open_checkpoint(run / "last") if state else start_from(model, tokenizer)
@@ -74,8 +75,10 @@ def resume(run: str | Path, progress: bool = True) -> Result:
     return train(data, replace(settings, out=str(path)), resume=True, progress=progress)
 
 
-def read_splits(data: DataConfig) -> Splits:
+def read_splits(data: DataConfig, ranks: Ranks) -> Splits:
     """Caption file -> train and dev; what was repaired, dropped or missing is counted on stderr."""
+    if data.stream:
+        return stream_splits(data, ranks)
     captions = load_captions(data.captions, data.images, data.format)
     note_quirks(captions)
     return split_captions(captions, data.train_split, data.dev_split, data.dev_fraction)
@@ -130,11 +133,18 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
     }
     (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
     (run / "splits").mkdir(exist_ok=True)
-    names = shortest_names([row.path for row in (*splits.train, *splits.dev)])
-    count = len(splits.train)
-    for part, chosen in (("train", names[:count]), ("dev", names[count:])):
+    for part, chosen in names_of_parts(splits).items():
         lines = "".join(f"{name}\n" for name in chosen)
         (run / "splits" / f"{part}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
+
+
+def names_of_parts(splits: Splits) -> dict[str, list[str]]:
+    """The pictures of each part, by names that tell them apart; of streamed archives, those of the archives."""
+    if isinstance(splits.train, ShardRows):
+        shards = shortest_names([shard.path for shard in splits.train.shards])
+        return {"train": shards, "dev": shortest_names([row.path for row in splits.dev])}
+    names = shortest_names([row.path for row in (*splits.train, *splits.dev)])
+    return {"train": names[: len(splits.train)], "dev": names[len(splits.train) :]}
 
 
 def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:
