@@ -165,7 +165,7 @@ def train_options(command: Command) -> Command:
 @click.option(
     "--stream",
     is_flag=True,
-    help="Read WebDataset archives as they are learnt from, each process its share; no table, no cache of all pictures.",
+    help="Read WebDataset archives as they are learnt from, each process its share: nothing of all pictures is kept.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder of the run: best/, last/, log.jsonl, tensorboard/.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would do and take, from a few measured steps.")

@@ -26,10 +26,13 @@ PATIENCE = timedelta(hours=6)  # the first may fill caches for hours; that one h
 
 
 class Ranks:
-    """One process among `count`, the first having the `number` 0. device: its own, None for the fastest."""
+    """One process among `count`, of which so many are `here`, on this machine; the first has the `number` 0.
+
+    device: its own, None for the fastest.
+    """
 
     def __init__(self, device: str | None = None):
-        self.count, self.number = 1, 0
+        self.count, self.number, self.here = 1, 0, 1
         self.device = device
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -39,6 +42,7 @@ class Ranks:
             with meeting():  # without a CUDA device, accelerate would take each for alone unless it is told
                 self._state = PartialState(cpu=kind in ("cpu", "mps"), timeout=PATIENCE)
             self.count, self.number = self._state.num_processes, self._state.process_index
+            self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
             self.device = str(self._state.device)
             atexit.register(leave)  # threads of the group that outlive Python would abort the process
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from clipmatch.archive import contents, read_at
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import DataConfig, TrainConfig
-from clipmatch.data import SURROGATE, CaptionedImage, Splits, hash_fraction, split_word
+from clipmatch.data import SURROGATE, CaptionedImage, Splits, content_hash, hash_fraction, split_word
 from clipmatch.errors import ClipmatchError
 from clipmatch.folders import has_shards, image_root, list_shards, sample_captions, sample_picture, samples_of, split_of
 from clipmatch.model import CLIPModel
@@ -136,6 +136,11 @@ class ShardRows(Sequence[CaptionedImage]):
         """16 hex digits that change with the name, size or count of any archive, and with nothing else."""
         lines = sorted(f"{shard.path.name} {shard.size} {shard.pictures}" for shard in self.shards)
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def hash_of(rows: Sequence[CaptionedImage]) -> str:
+    """What tells whether a run has still the pictures and captions that it began with."""
+    return rows.content_hash if isinstance(rows, ShardRows) else content_hash(rows)
 
 
 # Which archives

@@ -46,7 +46,7 @@ from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runstate import RunState, SaveClock
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_draws, usable_cores
 from clipmatch.sources import SAMPLE, Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
-from clipmatch.streaming import ShardRows, StreamedBatches
+from clipmatch.streaming import ShardRows, StreamedBatches, hash_of
 from clipmatch.teachers import Teachers, ask_teachers
 
 
@@ -76,10 +76,7 @@ class Trainer:
         self.ranks = ranks = ranks or Ranks(settings.device)
         progress = progress and ranks.is_first
         self.settings, self.splits, self.progress = settings, splits, progress
-        self.train_hash = (
-            splits.train.content_hash if isinstance(splits.train, ShardRows) else content_hash(splits.train)
-        )
-        self.dev_hash = content_hash(splits.dev)
+        self.train_hash, self.dev_hash = hash_of(splits.train), content_hash(splits.dev)
         self.out = Path(settings.out)
         self.seed = state.get("seed", settings.seed) if state else seed_of_draws(settings.seed, checkpoint.fingerprint)
         self.began_from = state.get("began_from", "") if state else checkpoint.fingerprint  # "": new heads
@@ -177,7 +174,7 @@ class Trainer:
             )
         workers = settings.workers
         if workers is None:
-            each = usable_cores() // 2 // self.ranks.count
+            each = usable_cores() // 2 // self.ranks.here
             workers = min(8, max(1, each)) if self.pairs.images.decodes else 0
         return torch.utils.data.DataLoader(
             self.pairs, batch_sampler=sampler, num_workers=workers, collate_fn=itself, worker_init_fn=ignore_interrupt
