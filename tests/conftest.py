@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
 
@@ -85,6 +86,21 @@ def model_folder(vocabulary, tmp_path_factory):
     model = CLIPModel(tiny_config(vocabulary.vocab_size))
     save_checkpoint(Checkpoint(model, vocabulary, Transform(PreprocessConfig(size=32))), folder)
     return folder
+
+
+@pytest.fixture
+def sure(tiny, tmp_path):
+    """A model without dropout, in a folder: two processes draw other dropout than one."""
+    config = replace(tiny.model.config, dropout=0.0, feature_dropout=0.0)
+    for tower, names in (
+        (config.image_tower, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+        (config.text_tower, ("dropout", "attention_dropout")),
+    ):
+        tower.update(dict.fromkeys(names, 0.0))
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(CLIPModel(config), tiny.tokenizer, Transform(PreprocessConfig(size=32)))
+    save_checkpoint(checkpoint, tmp_path / "sure")
+    return tmp_path / "sure"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Two processes train as one does."""
+"""Two processes, or machines, train as one does."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,16 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipmatch.checkpoint import Checkpoint, save_checkpoint
-from clipmatch.config import PreprocessConfig, TrainConfig
+from clipmatch.config import TrainConfig
 from clipmatch.data import load_captions, split_captions
 from clipmatch.errors import ClipmatchError
-from clipmatch.model import CLIPModel
-from clipmatch.preprocess import Transform
 from clipmatch.ranks import Ranks
 from clipmatch.trainer import Trainer
 from clipmatch.training import open_checkpoint, train
 
+ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 GRADIENTS = """\
@@ -47,21 +46,6 @@ for case in cases:
         save_file(found, f"{settings.out}/two.safetensors")
         print(json.dumps([len(batch.image_ids), loss]))
 """
-
-
-@pytest.fixture
-def sure(tiny, tmp_path):
-    """A model without dropout, in a folder: two processes draw other dropout than one."""
-    config = replace(tiny.model.config, dropout=0.0, feature_dropout=0.0)
-    for tower, names in (
-        (config.image_tower, ("hidden_dropout_prob", "attention_probs_dropout_prob")),
-        (config.text_tower, ("dropout", "attention_dropout")),
-    ):
-        tower.update(dict.fromkeys(names, 0.0))
-    torch.manual_seed(0)
-    checkpoint = Checkpoint(CLIPModel(config), tiny.tokenizer, Transform(PreprocessConfig(size=32)))
-    save_checkpoint(checkpoint, tmp_path / "sure")
-    return tmp_path / "sure"
 
 
 def launch(*arguments):
@@ -108,11 +92,11 @@ def check_gradients(settings, model, scenes, size, loss):
         assert float((found[name] - value).abs().max()) <= near, (settings, name)
 
 
-def test_a_run_of_two_processes_is_that_of_one(sure, scenes, tmp_path):
-    """From the command line, with concepts' place taken by accumulated batches; one log, one voice."""
+def test_a_run_of_two_machines_is_that_of_one(sure, scenes, tmp_path):
+    """From Slurm's script, with its commands played by ones that start both machines here; one log, one voice."""
     options = ["--captions", scenes, "--model", sure, "--epochs", 2, "--batch-size", 10, "--accumulate", 2]
-    options += ["--precision", "float32", "--device", "cpu", "--tune-text", "all"]
-    done = launch("-m", "clipmatch.cli", "train", "--out", tmp_path / "two", *options)
+    options += ["--precision", "float32", "--tune-text", "all"]
+    done = submit(tmp_path, tmp_path / "two", *options)
     assert done.stdout.count("best model:") == 1
     assert "processes: 2, each with 5 of a batch's 10 pairs" in done.stderr
     splits = split_captions(load_captions(scenes))
@@ -124,8 +108,41 @@ def test_a_run_of_two_processes_is_that_of_one(sure, scenes, tmp_path):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert len(losses[0]) == result.history[-1]["step"]
-    resumed = launch("-m", "clipmatch.cli", "train", "--out", tmp_path / "two", "--resume")
-    assert "resumed at step" in resumed.stderr
+    assert f"resumed at step {len(losses[0])}" in submit(tmp_path, tmp_path / "two", *options).stderr
+
+
+SRUN = """\
+#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] || exit 2
+shift
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+wait -n && wait -n
+"""
+
+
+SCONTROL = """\
+#!/usr/bin/env bash
+[ "$*" = "show hostnames n[0-1]" ] && printf "127.0.0.1\\n127.0.0.2\\n"
+"""
+
+
+def submit(place, *arguments):
+    """`sbatch runs/slurm.sh ARGUMENTS`, on a cluster of two machines that are this one."""
+    commands = place / "commands"
+    commands.mkdir(exist_ok=True)
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # the script takes the job's number for a port
+        job = str(probe.getsockname()[1] - 20000)
+    slurm = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "2"}
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
+    command = ["runs/slurm.sh", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_a_batch_that_can_not_be_shared(sure, scenes, tmp_path, monkeypatch):
@@ -141,6 +158,9 @@ class FourRanks(Ranks):
     def __init__(self, device=None):
         super().__init__(device)
         self.count = 4
+
+    def of_all(self, own):
+        return [own] * 4
 
 
 def test_alone_everything_stays_as_it_is():

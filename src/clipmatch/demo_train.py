@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def small_settings(out: Path, seed: int = 0, epochs: int = 11, **changes: Any) -
     )
 
 
-def learn_tokenizer(rows: tuple[CaptionedImage, ...], vocab_size: int = 400) -> Tokenizer:
+def learn_tokenizer(rows: Sequence[CaptionedImage], vocab_size: int = 400) -> Tokenizer:
     """A WordPiece vocabulary learnt from captions, in BERT's manner: [CLS] words [SEP]."""
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
@@ -127,7 +128,7 @@ def run_training_demo(out: Path, seed: int = 0) -> str:
     return "\n".join([*lines, "", f"report: {report}", f"model:  {out / 'run' / 'best'}"])
 
 
-def sample_queries(rows: tuple[CaptionedImage, ...]) -> list[str]:
+def sample_queries(rows: Sequence[CaptionedImage]) -> list[str]:
     """The first captions of evenly spaced pictures: each query has an exact answer among them."""
     return [rows[place * len(rows) // QUERY_COUNT].captions[0] for place in range(QUERY_COUNT)]
 

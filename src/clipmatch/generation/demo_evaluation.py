@@ -7,7 +7,7 @@ needed. Each row of the table is a set of pictures, one for each prompt: the fir
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def evaluate_generation(out: Path, n: int = 500, guided: int = 100, seed: int = 
 
 
 def prepare_world(
-    out: Path, dev: tuple[CaptionedImage, ...], train: tuple[CaptionedImage, ...], seed: int
+    out: Path, dev: Sequence[CaptionedImage], train: Sequence[CaptionedImage], seed: int
 ) -> tuple[World, dict[str, Any]]:
     """Models and pictures -> what the rows share, and how well judge and classifier do on real pictures."""
     judge_run, judge_splits = make_judge(out, seed)
@@ -130,8 +130,8 @@ def prepare_world(
 
 def prepare_attributes(
     out: Path,
-    train: tuple[CaptionedImage, ...],
-    dev: tuple[CaptionedImage, ...],
+    train: Sequence[CaptionedImage],
+    dev: Sequence[CaptionedImage],
     references: Pictures,
     scenes: dict[str, Scene],
     seed: int,
@@ -150,7 +150,7 @@ def prepare_attributes(
     return net, accuracies(read_attributes(net, references), labels["dev"], labels["dev"] >= 0)
 
 
-def read_pictures(rows: tuple[CaptionedImage, ...]) -> Pictures:
+def read_pictures(rows: Sequence[CaptionedImage]) -> Pictures:
     """Files -> uint8 [n, s, s, 3]."""
     return np.stack([np.asarray(load_image(row.path)) for row in rows])
 
