@@ -41,6 +41,15 @@ def pack(path, members):
     return path
 
 
+def pack_rows(path, rows):
+    """A shard of WebDataset with these captioned images: 0.jpg, 0.txt, 1.jpg, ..."""
+    members = []
+    for number, row in enumerate(rows):
+        captions = "\n".join(row.captions).encode()
+        members += [(f"{number}{row.path.suffix}", row.path.read_bytes()), (f"{number}.txt", captions)]
+    return pack(path, members)
+
+
 def put_table(path, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     arrow.parquet.write_table(arrow.table(columns), path)

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from captionfiles import add_images, captions_of, names, notes, pack, picture, webdataset, write
+from captionfiles import add_images, captions_of, names, notes, pack, pack_rows, picture, webdataset, write
 from click.testing import CliRunner
 
 from clipmatch import archive
@@ -205,13 +205,7 @@ def shards(scenes, tmp_path):
     """Scenes in three archives, a part each; the names of their members begin anew in each. -> a pattern"""
     splits = split_captions(load_captions(scenes))
     for part, rows in (("train", splits.train[:24]), ("val", splits.dev[:12]), ("test", splits.dev[12:])):
-        members = []
-        for at, row in enumerate(rows):
-            members += [
-                (f"{at}{row.path.suffix}", row.path.read_bytes()),
-                (f"{at}.txt", "\n".join(row.captions).encode()),
-            ]
-        pack(tmp_path / "shards" / f"{part}.tar", members)
+        pack_rows(tmp_path / "shards" / f"{part}.tar", rows)
     return tmp_path / "shards" / "{train,val,test}.tar"
 
 

@@ -11,7 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from captionfiles import pack_rows
 
+from clipmatch.data import load_captions
 from clipmatch.demo import QUERIES, sample_photographs
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +94,9 @@ def test_the_recipes_of_training(place):
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     commands = [line for block in blocks("sh", page) for line in block.strip().splitlines()]
     assert len(commands) >= 10
+    rows = load_captions(place).rows
+    for number in range(4):
+        pack_rows(place / "shards" / f"train-{number}.tar", rows[number::4])
     for command in commands:
         assert command.startswith(("clipmatch ", "torchrun "))
         done = run(shlex.split(command), place)

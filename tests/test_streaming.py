@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from captionfiles import pack
+from captionfiles import pack_rows
 from click.testing import CliRunner
 
 from clipmatch import streaming
 from clipmatch.cli import main
 from clipmatch.config import DataConfig, TrainConfig
-from clipmatch.data import load_captions, split_captions
+from clipmatch.data import load_captions, select_split, split_captions
 from clipmatch.errors import ClipmatchError
 from clipmatch.ranks import Ranks
 from clipmatch.streaming import Shard, ShardRows, StreamedBatches, stream_splits
@@ -76,11 +76,7 @@ def shards(scenes, tmp_path):
     splits = split_captions(load_captions(scenes))
     cuts = {f"train-{number}.tar": splits.train[start:end] for number, (start, end) in enumerate(PARTS)}
     for name, rows in {**cuts, "val.tar": splits.dev}.items():
-        members = []
-        for at, row in enumerate(rows):
-            captions = "\n".join(row.captions).encode()
-            members += [(f"{at}{row.path.suffix}", row.path.read_bytes()), (f"{at}.txt", captions)]
-        pack(tmp_path / "shards" / name, members)
+        pack_rows(tmp_path / "shards" / name, rows)
     return tmp_path / "shards"
 
 
@@ -265,5 +261,7 @@ def test_a_broken_picture_does_not_end_a_stream_and_frozen_towers_stay(sure, sha
         True,
         [shards / "train-1.tar" / "0.jpg"],
     )
-    names = (tmp_path / "run" / "splits" / "train.txt").read_text().split()
-    assert names == [f"train-{number}.tar" for number in range(5)]
+    parts = [(tmp_path / "run" / "splits" / f"{part}.txt") for part in ("train", "dev")]
+    assert [part.read_text().split() for part in parts] == [[f"train-{at}.tar" for at in range(5)], ["val.tar"]]
+    rows = load_captions(shards).rows
+    assert [len(select_split(rows, part)) for part in parts] == [60, 20]

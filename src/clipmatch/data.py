@@ -294,7 +294,8 @@ def read_split(path: str | Path) -> list[str]:
 
 
 def select_split(rows: Iterable[CaptionedImage], split_file: str | Path) -> tuple[CaptionedImage, ...]:
-    """The rows whose image a split file lists, by name with or without extension, or by the end of its path.
+    """The rows whose image a split file lists, by name with or without extension, or by the end of its path; or whose
+    archive it lists.
 
     A listed name without a row is no error; a list of which no name has a row is.
     """
@@ -337,9 +338,15 @@ def shortest_names(paths: Sequence[Path]) -> list[str]:
 
 
 def spellings(path: Path) -> list[str]:
-    """How a list may name an image: `b`, `b.jpg`, `a/b.jpg`, ..."""
+    """How a list may name an image: `b`, `b.jpg`, `a/b.jpg`, ...; one in an archive also by that, `a.tar` and so on."""
+    inside = archive.locate(path)
+    return [path.stem, *ends_of(path), *(ends_of(inside[0]) if inside else [])]
+
+
+def ends_of(path: Path) -> list[str]:
+    """A path and what is left of it without its first folders, to the name alone."""
     parts = path.as_posix().split("/")
-    return [path.stem, *("/".join(parts[at:]) for at in range(len(parts)))]
+    return ["/".join(parts[at:]) for at in range(len(parts))]
 
 
 def split_captions(

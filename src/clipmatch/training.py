@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clipmatch.archive import locate
 from clipmatch.atomic import aside
 from clipmatch.checkpoint import (
     Checkpoint,
@@ -139,12 +140,14 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
 
 
 def names_of_parts(splits: Splits) -> dict[str, list[str]]:
-    """The pictures of each part, by names that tell them apart; of streamed archives, those of the archives."""
+    """The pictures of each part, or the archives that are streamed, by names that tell them apart."""
     if isinstance(splits.train, ShardRows):
-        shards = shortest_names([shard.path for shard in splits.train.shards])
-        return {"train": shards, "dev": shortest_names([row.path for row in splits.dev])}
-    names = shortest_names([row.path for row in (*splits.train, *splits.dev)])
-    return {"train": names[: len(splits.train)], "dev": names[len(splits.train) :]}
+        train = [shard.path for shard in splits.train.shards]
+        dev = list(dict.fromkeys(inside[0] for row in splits.dev if (inside := locate(row.path))))
+    else:
+        train, dev = ([row.path for row in rows] for rows in (splits.train, splits.dev))
+    names = shortest_names([*train, *dev])
+    return {"train": names[: len(train)], "dev": names[len(train) :]}
 
 
 def absolute(config: DataConfig | TrainConfig, *paths: str) -> dict[str, Any]:
