@@ -17,7 +17,7 @@
 # Two minutes before its time is over it saves and stops; it is requeued when a machine fails. Either way, submitted
 # again with the same OUT it goes on, on any number of machines.
 set -euo pipefail
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MAIN_ADDRESS
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine have their own
 export MACHINES=$SLURM_JOB_NUM_NODES
