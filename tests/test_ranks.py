@@ -116,7 +116,7 @@ SRUN = """\
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 shift
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
-wait -n && wait -n
+wait -n && wait -n || { kill $(jobs -p); exit 1; }  # as that option says
 """
 
 
