@@ -86,7 +86,7 @@ class Trainer:
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
         if not checkpoint.fingerprint:  # not loaded from a model folder, so not trained before
             refuse_frozen_random(self.model.config, settings)
-        image_blocks = prepare_towers(self.model, settings, self.device)
+        image_blocks = prepare_towers(self.model, settings, self.device, self.precision)
         self.failures = missing_files(splits.missing)
         sources = Sources(checkpoint, settings, self.seed, image_blocks, self.precision, self.device, progress)
         with ranks.first_first():  # it fills the caches
