@@ -54,7 +54,7 @@ from clipmatch.generation.guide import Guide
 from clipmatch.generation.judge import SCENES as JUDGE_SCENES
 from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
-from clipmatch.generation.painter import DRAFTS, REFINING, Painter
+from clipmatch.generation.painter import REFINING, Painter
 from clipmatch.generation.pixelstore import picture_batch
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.settings import GENERATOR, GUIDE
@@ -65,6 +65,7 @@ from clipmatch.scenes import Scene, read_scenes
 Pictures = NDArray[np.uint8]
 CHOICES = 100  # prompts that a picture is matched with
 QUANTILE = 0.01  # of held-out real pictures, that are the nearest to a training picture
+TRIES = 8  # of which the guide takes the best, in the row that says so
 ATTRIBUTES = "attributes"  # folder of the classifier
 
 
@@ -264,14 +265,14 @@ def space_of(rows_of: Callable[[Pictures], Rows], training: Pictures, held_out: 
 
 
 def guided_painters(world: World, prior: Prior, seed: int) -> dict[str, Callable[[int], Pictures]]:
-    """The rows that a guide has a hand in, as `clipmatch generate` paints them one by one: it chooses among the prior's
-    drafts, refines the choice, and paints alone in equal time.
+    """The rows that a guide has a hand in, as `clipmatch generate` paints them one by one: it ranks what the prior has
+    painted, refines it, and paints alone in equal time.
     """
     guide, canvas = Guide(world.guide), VQCanvas(world.vqgan)
     after_prior, alone = Painter(guide, canvas, prior), Painter(guide, canvas)
 
-    def painted(painter: Painter, steps: int) -> Callable[[int], Pictures]:
-        return lambda count: paint_prompts(painter, world.prompts[:count], seed, steps)
+    def painted(painter: Painter, steps: int, tries: int = 1) -> Callable[[int], Pictures]:
+        return lambda count: paint_prompts(painter, world.prompts[:count], seed, steps, tries)
 
     def seconds(painter: Painter, steps: int) -> float:
         return seconds_of(lambda: paint_prompts(painter, world.prompts[:1], seed, steps))
@@ -280,8 +281,8 @@ def guided_painters(world: World, prior: Prior, seed: int) -> dict[str, Callable
     step = (seconds(alone, 6) - fixed) / 5
     equal = max(1, round((seconds(after_prior, REFINING) - fixed) / step) + 1)
     return {
-        f"prior, best of {DRAFTS} by the guide": painted(after_prior, 0),
-        f"that, then {REFINING} steps of guidance (the default)": painted(after_prior, REFINING),
+        f"prior, best of {TRIES} by the guide": painted(after_prior, 0, TRIES),
+        f"prior, then {REFINING} steps of guidance (the default)": painted(after_prior, REFINING),
         f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": painted(alone, equal),
     }
 

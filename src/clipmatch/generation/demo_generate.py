@@ -37,7 +37,7 @@ PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # Together eleven minutes on two cores (665 s measured on an AMD EPYC with AVX512-BF16; `run_generation_demo` says it).
 VQ_SETTINGS = VQConfig(
-    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=3000, batch_size=4, rate=1.5e-3
+    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=6000, batch_size=4, rate=1.5e-3
 )
 PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=2400, batch_size=24, rate=2e-3, captioned=0.85)
 
@@ -95,11 +95,13 @@ def train_generator(out: Path, splits: Splits, seed: int) -> None:
             raise ClipmatchError(STOPPED)
 
 
-def paint_prompts(painter: Painter, prompts: list[str], seed: int, steps: int) -> NDArray[np.uint8]:
-    """Sentences -> pictures uint8 [n, s, s, 3] as `clipmatch generate` paints them, the seeds counted up."""
+def paint_prompts(painter: Painter, prompts: list[str], seed: int, steps: int, tries: int = 1) -> NDArray[np.uint8]:
+    """Sentences -> pictures uint8 [n, s, s, 3] as `clipmatch generate` paints them, the seeds counted up; of several
+    tries the one that the guide likes best.
+    """
     pictures = []
     for number, prompt in enumerate(tqdm(prompts, desc="painting", unit="img", disable=len(prompts) == 1)):
-        painted, _ = painter.paint(PaintConfig(prompt, steps=steps, seed=seed + number))
+        painted, _ = painter.paint(PaintConfig(prompt, tries, steps=steps, seed=seed + number))
         pictures.append(as_bytes(painted[0].picture[None]))
     return np.concatenate(pictures)
 

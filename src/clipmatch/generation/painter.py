@@ -32,7 +32,6 @@ from clipmatch.modelfolder import CONFIG
 from clipmatch.preprocess import load_image
 
 PRIOR = "prior"  # folder inside that of a generator
-DRAFTS = 8  # that a prior paints for each picture; the guide takes one of them
 ALONE, REFINING = 200, 40  # steps of guidance, if not said otherwise: without a prior, and after it
 
 
@@ -120,17 +119,9 @@ class Painter:
         side = math.isqrt(self.prior.config.tokens) * self.canvas.factor
         if config.size not in (None, side):
             raise ClipmatchError(f"The prior paints pictures of {side} pixels; leave out the size.")
-        drafts = [self.draft(self.prior, self.canvas, targets, config.seed + number) for number in range(config.n)]
-        return self.canvas.from_tokens(torch.cat(drafts), config.strength)
-
-    @torch.no_grad()
-    def draft(self, prior: Prior, canvas: VQCanvas, targets: Targets, seed: int) -> Tensor:
-        """Numbers of codes [1, t]: of what the prior paints from a seed, what the guide likes best."""
         mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)  # [d]
-        drafts = prior.paint(mixed.expand(DRAFTS, -1), seed=seed * DRAFTS)[:, None]  # the seeds of none are another's
-        pictures = (canvas.paint(canvas.from_tokens(draft)) for draft in drafts)
-        scores = [float(self.guide.score(picture, targets, count=0)) for picture in pictures]
-        return drafts[scores.index(max(scores))]
+        rows = mixed.expand(config.n, -1).to(self.guide.device)
+        return self.canvas.from_tokens(self.prior.paint(rows, seed=config.seed), config.strength)
 
     def scores(self, pictures: Tensor, prompts: tuple[Prompt, ...], guide_scores: Tensor) -> list[float]:
         """Pictures [n, 3, h, h] -> by the judge their weighted cosines with the prompts; the guide's without one."""
