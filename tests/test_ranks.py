@@ -116,7 +116,7 @@ SRUN = """\
 [ "$1" = --kill-on-bad-exit=1 ] || exit 2
 shift
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
-wait -n && wait -n || { kill $(jobs -p); exit 1; }  # as that option says
+wait -n && wait -n || { kill -9 $(jobs -p); exit 1; }  # as that option says
 """
 
 
@@ -133,9 +133,7 @@ def submit(place, *arguments):
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
         (commands / name).write_text(script)
         (commands / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))  # the script takes the job's number for a port
-        job = str(probe.getsockname()[1] - 20000)
+    job = str(free_port() - 20000)  # the script takes it for a port
     slurm = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "2"}
     path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
@@ -143,6 +141,15 @@ def submit(place, *arguments):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def free_port():
+    """One of those that the script chooses from."""
+    for port in range(20000, 30000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no port is free")
 
 
 def test_a_batch_that_can_not_be_shared(sure, scenes, tmp_path, monkeypatch):

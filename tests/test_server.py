@@ -277,6 +277,27 @@ def test_what_cannot_be_painted(painting, client, album, embedded, model_folder,
         assert "nothing" in paint(other, "a star")[-1]["detail"]
 
 
+def test_only_so_many_may_wait_for_a_painting(model_folder, vqgan, monkeypatch):
+    monkeypatch.setattr("clipmatch.studio.MOST", 2)
+    studio = Studio(str(model_folder), str(vqgan))
+
+    async def begin(stack):
+        events = await stack.enter_async_context(contextlib.aclosing(studio.paint(PaintQuestion(prompt="a", steps=5))))
+        await anext(events)
+
+    async def crowd():
+        async with contextlib.AsyncExitStack() as stack:
+            await begin(stack)
+            await begin(stack)
+            with pytest.raises(ClipmatchError, match="2 paintings are under way or waiting already"):
+                await begin(stack)
+        async with contextlib.AsyncExitStack() as stack:  # those have left
+            await begin(stack)
+
+    asyncio.run(crowd())
+    studio.close()
+
+
 def test_painting_stops_when_nobody_waits_for_it(model_folder, vqgan, monkeypatch):
     monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
     studio = Studio(str(model_folder), str(vqgan))

@@ -110,9 +110,9 @@ def test_any_number_of_processes_has_the_same_steps(sure, shards, tmp_path):
         whole = train(DataConfig(**data), TrainConfig(**settings), sure, progress=False)
         assert (whole.finished, whole.history[-1]["step"], whole.failures) == (True, 12, [])
         cases.append(json.dumps([data, {**settings, "out": str(tmp_path / mode / "begun")}, 5]))
-    # first of all, archives that are not the same everywhere
+    # archives that are not the same everywhere
     other = {**data, "of": {"1": {"captions": str(shards / "{train-0,train-1,train-2,val}.tar")}}}
-    cases.insert(0, json.dumps([other, {**settings, "out": str(tmp_path / "other")}, None]))
+    cases.append(json.dumps([other, {**settings, "out": str(tmp_path / "other")}, None]))
     done = launch(2, work, sure, *cases)
     sentence = "Process 1 of 2 has other pictures or captions to train on than process 0; give all machines the same "
     assert sorted(map(json.loads, done.stdout.splitlines())) == [[n, f"{sentence}files and options."] for n in "01"]

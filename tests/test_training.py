@@ -26,7 +26,14 @@ from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, fold_standardisation
 from clipmatch.objective import Objective
-from clipmatch.optimization import WeightAverage, build_optimizer, rate_at, standardise_input, unfreeze
+from clipmatch.optimization import (
+    WeightAverage,
+    build_optimizer,
+    choose_attention,
+    rate_at,
+    standardise_input,
+    unfreeze,
+)
 from clipmatch.preprocess import Transform
 from clipmatch.runlog import read_history
 from clipmatch.runtime import Precision
@@ -301,6 +308,19 @@ def test_a_split_convolutional_tower_gives_what_the_whole_gives(tokenizer):
         assert hidden.shape == (2, 112, 4, 4)  # five from the end begins the last stage but one, at a sixteenth
         torch.testing.assert_close(encoder.features_from(hidden, 5), encoder.features(pixels))
         assert encoder.features(pixels).shape == (2, 2560)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "numbers", "chosen"),
+    [(77, None, "eager"), (197, None, "sdpa"), (197, torch.bfloat16, "eager"), (577, torch.bfloat16, "sdpa")],
+)
+def test_the_faster_attention_gives_the_same(tokenizer, tokens, numbers, chosen):
+    backbone = CLIPModel(tiny(tokenizer)).image_encoder.backbone.eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    before = backbone(pixels).last_hidden_state
+    choose_attention(backbone, tokens, torch.device("cpu"), Precision(numbers, ""))
+    assert backbone.config._attn_implementation == chosen
+    torch.testing.assert_close(backbone(pixels).last_hidden_state, before)
 
 
 def test_the_average_of_the_weights_by_hand():

@@ -163,7 +163,7 @@ def convert_vqgan_command(file: Path, out: str) -> None:
 
 @click.command("evaluate-generation")
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder of the demo.")
-@click.option("--n", default=500, show_default=True, type=click.IntRange(min=100), help="Held-out prompts.")
+@click.option("--n", default=200, show_default=True, type=click.IntRange(min=100), help="Held-out prompts.")
 @click.option("--guided", default=100, show_default=True, type=click.IntRange(min=1), help="Of them, by guidance.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The demo's.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures too.")

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from clipmatch.errors import ClipmatchError
 from clipmatch.wire import PaintEvent, PaintQuestion, data_url
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clipmatch.generation.painter import Painted, Painter
 
 PAUSE = 0.25  # seconds between two previews
+MOST = 8  # paintings under way or waiting: the last of them waits for minutes already
 
 
 class Studio:
@@ -33,12 +35,15 @@ class Studio:
         self.guide, self.generator = guide, generator
         self._painter: Painter | None = None
         self._thread = ThreadPoolExecutor(1, "studio")
+        self._asked = 0  # paintings that somebody waits for
 
     async def paint(self, question: PaintQuestion) -> AsyncGenerator[PaintEvent | Painted, None]:
         """Previews while it is painted, at last the best picture. Whoever came first is served first.
 
-        Closing the iterator stops the painting. Raises ClipmatchError for what can't be painted.
+        Closing the iterator stops the painting. Raises ClipmatchError for what can't be painted, or if too many wait.
         """
+        if self._asked == MOST:
+            raise ClipmatchError(f"{MOST} paintings are under way or waiting already; try again when one is done.")
         loop, previews, left = asyncio.get_running_loop(), asyncio.Queue[PaintEvent | None](), threading.Event()
         last = 0.0
 
@@ -52,6 +57,7 @@ class Studio:
             )
             last = time.monotonic()
 
+        self._asked += 1
         work = loop.run_in_executor(self._thread, self._paint, question, on_step, left.is_set)
         work.add_done_callback(lambda _: previews.put_nowait(None))
         try:
@@ -61,6 +67,7 @@ class Studio:
             if (painted := work.result()) is not None:
                 yield painted
         finally:
+            self._asked -= 1
             left.set()
 
     def _paint(

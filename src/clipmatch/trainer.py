@@ -87,7 +87,7 @@ class Trainer:
         self.checkpoint, self.model = checkpoint, checkpoint.model.to(self.device)
         if not checkpoint.fingerprint:  # not loaded from a model folder, so not trained before
             refuse_frozen_random(self.model.config, settings)
-        image_blocks = prepare_towers(self.model, settings, self.device)
+        image_blocks = prepare_towers(self.model, settings, self.device, self.precision)
         ranks.agree(
             {
                 "pictures or captions to train on": self.train_hash,

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from diffusers import VQModel
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from clipmatch.checkpoint import load_checkpoint
 from clipmatch.data import CaptionedImage
@@ -39,11 +38,11 @@ from clipmatch.generation.demo_generate import (
     SCENES,
     STOPPED,
     as_bytes,
-    load_world,
-    paint_rows,
+    paint_prompts,
     prepare_scenes,
 )
 from clipmatch.generation.generation_evaluation import (
+    Rows,
     closer_share,
     draw_others,
     interval,
@@ -51,28 +50,41 @@ from clipmatch.generation.generation_evaluation import (
     nearest_distances,
     r_precision,
 )
-from clipmatch.generation.guide import Guide, Targets
+from clipmatch.generation.guide import Guide
 from clipmatch.generation.judge import SCENES as JUDGE_SCENES
 from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
-from clipmatch.generation.optimise import GuidanceConfig, optimise
-from clipmatch.generation.painter import REFINING
+from clipmatch.generation.painter import REFINING, Painter
 from clipmatch.generation.pixelstore import picture_batch
-from clipmatch.generation.settings import GENERATOR
-from clipmatch.generation.vqgan import pictures_of, tokens_of
+from clipmatch.generation.prior import Prior, load_prior
+from clipmatch.generation.settings import GENERATOR, GUIDE
+from clipmatch.generation.vqgan import load_vqgan, pictures_of, tokens_of
 from clipmatch.preprocess import load_image
 from clipmatch.scenes import Scene, read_scenes
 
 Pictures = NDArray[np.uint8]
 CHOICES = 100  # prompts that a picture is matched with
 QUANTILE = 0.01  # of held-out real pictures, that are the nearest to a training picture
-CANDIDATES = 8  # of which the guide chooses, in the row that says so
+TRIES = 8  # of which the guide takes the best, in the row that says so
 ATTRIBUTES = "attributes"  # folder of the classifier
 
 
 @dataclass(frozen=True, eq=False)
+class Space:
+    """A way to tell how far pictures are apart: pictures -> rows, the training pictures' rows, and how far held-out
+    real pictures are from the nearest of those.
+    """
+
+    rows_of: Callable[[Pictures], Rows]
+    training: Rows
+    held_out: Rows
+
+
+@dataclass(frozen=True, eq=False)
 class World:
-    """What all rows share. dev: the held-out scenes; prompts: a caption of each; others: prompts to choose among."""
+    """What all rows share. dev: the held-out scenes; prompts: a caption of each; others: prompts to choose among;
+    training: pictures; real: the judge's rows of pictures that nothing was trained on.
+    """
 
     guide: TorchEmbedder
     judge: TorchEmbedder
@@ -80,25 +92,27 @@ class World:
     net: AttributeNet
     dev: list[Scene]
     prompts: list[str]
-    prompt_rows: dict[str, NDArray[np.float32]]
+    prompt_rows: dict[str, Rows]
     others: NDArray[np.int64]
     training: Pictures
-    held_out: Pictures
-    references: Pictures
+    real: Rows
+    spaces: dict[str, Space]
 
 
-def evaluate_generation(out: Path, n: int = 500, guided: int = 100, seed: int = 0) -> dict[str, Any]:
+def evaluate_generation(out: Path, n: int = 200, guided: int = 100, seed: int = 0) -> dict[str, Any]:
     """Measure the demo in a folder on n prompts -> figures by row. Trains judge and classifier if they are not there.
 
-    guided: prompts of the rows that optimise each picture by the guide, which take seconds a picture.
+    guided: prompts of the rows in which the guide has a hand, which take seconds a picture.
     Raises ClipmatchError when there is no finished demo or Ctrl-C stopped it.
     """
     if not is_finished(out / GENERATOR / PRIOR, PRIOR_SETTINGS.steps):
         raise ClipmatchError(f"{out} holds no finished generator; make one with: clipmatch demo --generate --out {out}")
     splits = prepare_scenes(out, seed)
     world, checks = prepare_world(out, splits.dev[:n], splits.train, seed)
-    rows = {name: measure(world, paint) for name, paint in painters(out, world, seed).items()}
-    rows |= {name: measure(world, paint, guided) for name, paint in guided_painters(out, world, seed).items()}
+    prior = load_prior(out / GENERATOR / PRIOR)
+    real = read_pictures(splits.dev[:n])
+    rows = {name: measure(world, paint) for name, paint in painters(world, prior, real, seed).items()}
+    rows |= {name: measure(world, paint, guided) for name, paint in guided_painters(world, prior, seed).items()}
     return {"prompts": len(world.prompts), "choices": CHOICES, "chance": 1 / CHOICES, **checks, "rows": rows}
 
 
@@ -107,11 +121,14 @@ def prepare_world(
 ) -> tuple[World, dict[str, Any]]:
     """Models and pictures -> what the rows share, and how well judge and classifier do on real pictures."""
     judge_run, judge_splits = make_judge(out, seed)
-    judge, (guide, vqgan, _) = TorchEmbedder(load_checkpoint(judge_run)), load_world(out)
+    judge, guide = (TorchEmbedder(load_checkpoint(folder)) for folder in (judge_run, out / GUIDE))
+    vqgan = load_vqgan(out / GENERATOR)
     scenes, judge_scenes = read_scenes(out / SCENES), read_scenes(out / JUDGE_SCENES)
     references = read_pictures(judge_splits.dev)
     net, figures = prepare_attributes(out, judge_splits.train, judge_splits.dev, references, judge_scenes, seed)
     prompts = [row.captions[0] for row in dev]
+    # All pass through the autoencoder, whose smoothing would otherwise bring painted pictures nearer to one another.
+    training, held_out = reconstruct(vqgan, read_pictures(train)), reconstruct(vqgan, references)
     world = World(
         guide,
         judge,
@@ -121,9 +138,14 @@ def prepare_world(
         prompts,
         {"guide": guide.embed_texts(prompts), "judge": judge.embed_texts(prompts)},
         draw_others(len(prompts), CHOICES, seed),
-        reconstruct(vqgan, read_pictures(train)),
-        reconstruct(vqgan, references),
-        references,
+        training,
+        embed(judge, references),
+        {
+            "pixels": space_of(
+                lambda pictures: pictures.reshape(len(pictures), -1) / np.float32(255), training, held_out
+            ),
+            "judge": space_of(lambda found: embed(judge, found), training, held_out),
+        },
     )
     return world, {"attributes_of_held_out_real_pictures": figures}
 
@@ -167,18 +189,10 @@ def reconstruct(vqgan: VQModel, pictures: Pictures) -> Pictures:
 # The rows
 
 
-def painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pictures]]:
-    """Row -> what gives its pictures, one for each of the first k prompts."""
-    vqgan, (_, _, prior) = world.vqgan, load_world(out)
-    rows = torch.from_numpy(world.prompt_rows["guide"])
-    real = read_pictures(tuple(prepare_scenes(out, seed).dev[: len(world.prompts)]))
+def painters(world: World, prior: Prior, real: Pictures, seed: int) -> dict[str, Callable[[int], Pictures]]:
+    """Row -> what gives its pictures, one for each of the first k prompts. real: those of the prompts."""
+    vqgan, rows = world.vqgan, torch.from_numpy(world.prompt_rows["guide"])
     training_rows = embed(world.guide, world.training)
-
-    def best_of(count: int) -> Pictures:
-        tries = np.stack([paint_rows(vqgan, prior, rows[:count], seed + 10_000 * k) for k in range(CANDIDATES)])
-        scores = [(embed(world.guide, one) * world.prompt_rows["guide"][:count]).sum(axis=1) for one in tries]
-        chosen: Pictures = tries[np.argmax(scores, axis=0), np.arange(count)]
-        return chosen
 
     def unconditional(count: int) -> Pictures:
         parts = [as_bytes(pictures_of(vqgan, prior.paint(seed=seed + at, n=50))) for at in range(0, count, 50)]
@@ -192,11 +206,18 @@ def painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pi
         "real pictures": lambda count: real[:count],
         "their reconstructions (the ceiling)": lambda count: reconstruct(vqgan, real[:count]),
         "prior": lambda count: paint_rows(vqgan, prior, rows[:count], seed),
-        f"prior, best of {CANDIDATES} by the guide": best_of,
         "prior, prompts shuffled": lambda count: np.roll(paint_rows(vqgan, prior, rows[:count], seed), 1, axis=0),
         "prior, without prompts": unconditional,
         "nearest training picture by the guide": nearest,
     }
+
+
+def paint_rows(vqgan: VQModel, prior: Prior, rows: torch.Tensor, seed: int) -> NDArray[np.uint8]:
+    """Unit rows [n, d] -> what the prior paints, uint8 [n, s, s, 3]."""
+    parts = [
+        as_bytes(pictures_of(vqgan, prior.paint(rows[at : at + 50], seed=seed + at))) for at in range(0, len(rows), 50)
+    ]
+    return np.concatenate(parts)
 
 
 def measure(world: World, paint: Callable[[int], Pictures], count: int | None = None) -> dict[str, Any]:
@@ -215,66 +236,54 @@ def measure(world: World, paint: Callable[[int], Pictures], count: int | None = 
     labels = np.stack([labels_of(scene) for scene in world.dev[:count]])
     asked = np.stack([named_in(text, scene) for text, scene in zip(world.prompts, world.dev, strict=True)])[:count]
     figures["attributes"] = accuracies(read_attributes(world.net, pictures), labels, asked)
-    figures["kernel_distance"] = kernel_distance(made["judge"], embed(world.judge, world.references))
+    figures["kernel_distance"] = kernel_distance(made["judge"], world.real)
     figures["closer_to_training"] = copied(world, pictures)
     return figures
 
 
-def embed(model: TorchEmbedder, pictures: Pictures) -> NDArray[np.float32]:
+def embed(model: TorchEmbedder, pictures: Pictures) -> Rows:
     """Pictures uint8 [n, s, s, 3] -> unit rows [n, d]."""
     return np.concatenate([model.encode_pixels(pictures[at : at + 250]) for at in range(0, len(pictures), 250)])
 
 
 def copied(world: World, pictures: Pictures) -> dict[str, float]:
-    """The share of pictures that are closer to a training picture than held-out real pictures are, by two distances.
+    """The share of pictures that are closer to a training picture than held-out real pictures are, in each space.
 
     "Closer" is: nearer to its nearest training picture than the nearest hundredth (`QUANTILE`) of the held-out real
-    ones is to theirs; so pictures that nobody copied give 1 %. Distances are of pixels, and of the judge's rows. All
-    pictures have passed through the autoencoder first, whose smoothing would otherwise bring the painted ones closer.
+    ones is to theirs; so pictures that nobody copied give 1 %.
     """
-    spaces: dict[str, Callable[[Pictures], NDArray[np.float32]]] = {
-        "pixels": lambda found: found.reshape(len(found), -1).astype(np.float32) / np.float32(255),
-        "judge": lambda found: embed(world.judge, found),
-    }
-    shares = {}
-    for name, rows_of in spaces.items():
-        training = rows_of(world.training)
-        samples, held_out = (nearest_distances(rows_of(found), training) for found in (pictures, world.held_out))
-        shares[name] = closer_share(samples, held_out, QUANTILE)
-    return shares
-
-
-def guided_painters(out: Path, world: World, seed: int) -> dict[str, Callable[[int], Pictures]]:
-    """The rows that change each picture step by step as the guide likes: after the prior, and alone in equal time."""
-    guide, canvas, (_, _, prior) = Guide(world.guide), VQCanvas(world.vqgan), load_world(out)
-    rows = torch.from_numpy(world.prompt_rows["guide"])  # [n, d]
-
-    def painted(place: int) -> torch.Tensor:
-        return prior.paint(rows[place : place + 1], seed=seed + place)
-
-    def alone(place: int) -> list[torch.Tensor]:
-        return canvas.start(1, canvas.side, seed + place)
-
-    def after_prior(place: int) -> list[torch.Tensor]:
-        return canvas.from_tokens(painted(place))
-
-    def refine(place: int, begin: Callable[[int], list[torch.Tensor]], steps: int) -> torch.Tensor:
-        targets = Targets(rows[place : place + 1], torch.ones(1))
-        config = GuidanceConfig(steps, seed + place, flip=False)  # captions tell left from right
-        return optimise(canvas, guide, targets, begin(place), config).pictures
-
-    def guided(begin: Callable[[int], list[torch.Tensor]], steps: int) -> Callable[[int], Pictures]:
-        return lambda count: np.concatenate(
-            [as_bytes(refine(place, begin, steps)) for place in tqdm(range(count), desc="guidance", unit="img")]
-        )
-
-    whole = seconds_of(lambda: refine(0, after_prior, REFINING))
-    fixed = seconds_of(lambda: refine(0, alone, 1))
-    step = (seconds_of(lambda: refine(0, alone, 6)) - fixed) / 5
-    equal = max(1, round((whole - fixed) / step) + 1)
     return {
-        f"prior, then {REFINING} steps of guidance (the default)": guided(after_prior, REFINING),
-        f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": guided(alone, equal),
+        name: closer_share(nearest_distances(space.rows_of(pictures), space.training), space.held_out, QUANTILE)
+        for name, space in world.spaces.items()
+    }
+
+
+def space_of(rows_of: Callable[[Pictures], Rows], training: Pictures, held_out: Pictures) -> Space:
+    """A space, with what is always the same in it computed once."""
+    known = rows_of(training)
+    return Space(rows_of, known, nearest_distances(rows_of(held_out), known))
+
+
+def guided_painters(world: World, prior: Prior, seed: int) -> dict[str, Callable[[int], Pictures]]:
+    """The rows that a guide has a hand in, as `clipmatch generate` paints them one by one: it ranks what the prior has
+    painted, refines it, and paints alone in equal time.
+    """
+    guide, canvas = Guide(world.guide), VQCanvas(world.vqgan)
+    after_prior, alone = Painter(guide, canvas, prior), Painter(guide, canvas)
+
+    def painted(painter: Painter, steps: int, tries: int = 1) -> Callable[[int], Pictures]:
+        return lambda count: paint_prompts(painter, world.prompts[:count], seed, steps, tries)
+
+    def seconds(painter: Painter, steps: int) -> float:
+        return seconds_of(lambda: paint_prompts(painter, world.prompts[:1], seed, steps))
+
+    fixed = seconds(alone, 1)
+    step = (seconds(alone, 6) - fixed) / 5
+    equal = max(1, round((seconds(after_prior, REFINING) - fixed) / step) + 1)
+    return {
+        f"prior, best of {TRIES} by the guide": painted(after_prior, 0, TRIES),
+        f"prior, then {REFINING} steps of guidance (the default)": painted(after_prior, REFINING),
+        f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": painted(alone, equal),
     }
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -25,10 +24,8 @@ from clipmatch.embedder import TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import is_begun, is_finished
 from clipmatch.generation.painter import PaintConfig, Painter, load_painter
-from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.priortrain import train_prior
 from clipmatch.generation.settings import GENERATOR, GUIDE, PriorTraining, VQConfig
-from clipmatch.generation.vqgan import load_vqgan, pictures_of
 from clipmatch.generation.vqtrain import train_vqgan
 from clipmatch.modelfolder import CONFIG
 from clipmatch.runlog import note
@@ -40,7 +37,7 @@ PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # Together eleven minutes on two cores (665 s measured on an AMD EPYC with AVX512-BF16; `run_generation_demo` says it).
 VQ_SETTINGS = VQConfig(
-    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=3000, batch_size=4, rate=1.5e-3
+    size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=6000, batch_size=4, rate=1.5e-3
 )
 PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=2400, batch_size=24, rate=2e-3, captioned=0.85)
 
@@ -56,7 +53,7 @@ def run_generation_demo(out: Path, seed: int = 0) -> str:
     painter = load_painter(str(out / GUIDE), str(out / GENERATOR))
     prompts = [row.captions[0] for row in splits.dev[:PAINTED]]
     began = time.perf_counter()
-    painted = paint_prompts(painter, prompts, seed)
+    painted = paint_prompts(painter, prompts, seed, painter.steps)
     each = (time.perf_counter() - began) / len(prompts)
     write_prompt_sheet(painted, prompts, out / SHEET)
     return "\n".join(
@@ -98,27 +95,15 @@ def train_generator(out: Path, splits: Splits, seed: int) -> None:
             raise ClipmatchError(STOPPED)
 
 
-def load_world(out: Path) -> tuple[TorchEmbedder, VQModel, Prior]:
-    """Guide, VQGAN and prior of a finished demo."""
-    embedder = TorchEmbedder(load_checkpoint(out / GUIDE))
-    return embedder, load_vqgan(out / GENERATOR), load_prior(out / GENERATOR / PRIOR)
-
-
-def paint_prompts(painter: Painter, prompts: list[str], seed: int) -> NDArray[np.uint8]:
-    """Sentences -> pictures uint8 [n, s, s, 3] as `clipmatch generate` paints them, the seeds counted up."""
+def paint_prompts(painter: Painter, prompts: list[str], seed: int, steps: int, tries: int = 1) -> NDArray[np.uint8]:
+    """Sentences -> pictures uint8 [n, s, s, 3] as `clipmatch generate` paints them, the seeds counted up; of several
+    tries the one that the guide likes best.
+    """
     pictures = []
-    for number, prompt in enumerate(tqdm(prompts, desc="painting", unit="img")):
-        painted, _ = painter.paint(PaintConfig(prompt, steps=painter.steps, seed=seed + number))
+    for number, prompt in enumerate(tqdm(prompts, desc="painting", unit="img", disable=len(prompts) == 1)):
+        painted, _ = painter.paint(PaintConfig(prompt, tries, steps=steps, seed=seed + number))
         pictures.append(as_bytes(painted[0].picture[None]))
     return np.concatenate(pictures)
-
-
-def paint_rows(vqgan: VQModel, prior: Prior, rows: torch.Tensor, seed: int) -> NDArray[np.uint8]:
-    """Unit rows [n, d] -> pictures uint8 [n, s, s, 3]."""
-    parts = [
-        as_bytes(pictures_of(vqgan, prior.paint(rows[at : at + 50], seed=seed + at))) for at in range(0, len(rows), 50)
-    ]
-    return np.concatenate(parts)
 
 
 def as_bytes(pictures: torch.Tensor) -> NDArray[np.uint8]:
