@@ -7,6 +7,7 @@ everywhere. A process alone gets back what it gave. Knows nothing of models, dat
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -182,6 +183,10 @@ def meeting() -> Iterator[None]:
 
 
 def leave() -> None:
-    """End the process group, if it is still there."""
+    """End the process group, if it is still there, and its threads.
+
+    They end with the object that the group is, which frames of an error may hold in a cycle still.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
