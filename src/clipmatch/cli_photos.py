@@ -39,9 +39,12 @@ def model_option(command: Command) -> Command:
 
 
 def index_option(command: Command) -> Command:
-    """The option that names an index file."""
-    text = "Index file; CLIPMATCH_INDEX, or one in your data folder, if not given."
-    return click.option("--index", "index_file", metavar="FILE", help=text)(command)
+    """The option that names an index."""
+    text = (
+        "An SQLite file; at an address (s3://bucket/index) or in a folder that ends in .lance, Lance tables. "
+        "CLIPMATCH_INDEX, or a file in your data folder, if not given."
+    )
+    return click.option("--index", "--store", "index_file", metavar="PLACE", help=text)(command)
 
 
 @click.command("index")
@@ -300,14 +303,14 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
 def opened(images: Sequence[str], file: str | None, embedder: Embedder | None) -> Iterator[Index]:
     """The index that is asked: that of --images, brought up to date, or the one that was made before."""
     from clipmatch.index import Index, open_folders
-    from clipmatch.store import default_index
+    from clipmatch.storage import default_index, exists
 
     if images:
         with open_folders(images, embedder) as (index, summary):
             report_failures(summary.failures)
             yield index
         return
-    if not file and not default_index().is_file():
+    if not file and not exists(default_index()):
         raise ClipmatchError(
             "There is no index yet: make one with clipmatch index DIR, or search a folder with --images DIR."
         )

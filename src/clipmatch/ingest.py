@@ -31,7 +31,8 @@ from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
-from clipmatch.store import ModelName, Root, Store, check_model
+from clipmatch.storage import PhotoStore
+from clipmatch.store import ModelName, Root, check_model
 
 BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
@@ -62,7 +63,7 @@ class Summary:
 
 
 def update(
-    store: Store, embedder: Embedder, roots: Sequence[Root], progress: bool = True, keep_empty: bool = True
+    store: PhotoStore, embedder: Embedder, roots: Sequence[Root], progress: bool = True, keep_empty: bool = True
 ) -> Summary:
     """Make the store what the folders are now.
 
@@ -90,7 +91,7 @@ def update(
     return summary
 
 
-def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
+def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
     """Give every content a vector by another model, then bind the store to it; what is there already is kept.
 
     Raises ClipmatchError, and leaves the store with its model, when photographs can't be read that were never found to
@@ -134,7 +135,7 @@ class Comparison:
     mended: set[Path] = field(default_factory=set)
 
 
-def compare(store: Store, roots: Sequence[Root], summary: Summary, keep_empty: bool) -> Comparison:
+def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_empty: bool) -> Comparison:
     """Look at every file below the roots once; count the unchanged, and report what failed before and still would."""
     found = Comparison()
     seen: set[Path] = set()
@@ -185,9 +186,9 @@ def sort_out(
         found.fresh.append(item)
 
 
-def digests_of(store: Store, paths: set[Path]) -> dict[Path, str]:
+def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
     """The contents of photographs in the store."""
-    return {photo.path: photo.digest for _, photo in store.photos() if photo.path in paths} if paths else {}
+    return {photo.path: photo.digest for photo in store.photos_of(store.numbers_of(paths).values())}
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Batch:
 
 
 def ingest(
-    store: Store, embedder: Embedder, files: Sequence[Found], progress: bool
+    store: PhotoStore, embedder: Embedder, files: Sequence[Found], progress: bool
 ) -> Iterator[tuple[list[Photo], list[Failure]]]:
     """Hash, embed where needed, and store files -> photographs and failures, a batch at a time, in order."""
     under_way: dict[str, str] = {}  # contents in batches not yet stored, and why those can't be used that just failed
@@ -233,7 +234,7 @@ def counter(total: int, progress: bool) -> tqdm[Any]:
     return tqdm(total=total, desc="photographs", unit="img", disable=not progress or total < SHOWN)
 
 
-def prepare(store: Store, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
+def prepare(store: PhotoStore, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
     """Hash files, and see which of their contents have to be embedded."""
     stamps = {item.path: item.stamp for item in files}
     digests, unread = hash_files(list(stamps))
@@ -247,7 +248,7 @@ def prepare(store: Store, model: str, files: Sequence[Found], under_way: dict[st
 
 
 def keep(
-    store: Store, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
+    store: PhotoStore, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
 ) -> tuple[list[Photo], list[Failure]]:
     """Store a batch that has been embedded -> its photographs and failures."""
     pairs = zip(done.paths, done.rows, strict=True)

@@ -81,7 +81,7 @@ GONE = 404
 class Desk:
     """An index and the one thread that asks it."""
 
-    def __init__(self, path: Path, embedder: Embedder):
+    def __init__(self, path: Path | str, embedder: Embedder):
         self._path, self._embedder = path, embedder
         self._thread = ThreadPoolExecutor(1, "index")
         self._index: Index | None = None
@@ -111,7 +111,7 @@ class Desk:
 class Service:
     """What the endpoints share: two desks, the model, and turns for what keeps a core busy."""
 
-    def __init__(self, path: Path, embedder: Embedder, studio: Studio | None):
+    def __init__(self, path: Path | str, embedder: Embedder, studio: Studio | None):
         self.embedder, self.studio = embedder, studio
         self.desk, self.back = Desk(path, embedder), Desk(path, embedder)
         self.turns = asyncio.Semaphore(usable_cores())
@@ -277,8 +277,9 @@ async def browse(listing: Listing, service: Shared) -> Answer:
         where = listing.where.filter(root_paths(index))
         with index.store.snapshot():
             numbers = index.store.newest(where, listing.size, (listing.page - 1) * listing.size)
-            rows = [MatchRow(**photo_values(number, index.store.photo(number))) for number in numbers]
-            count = len(index.store.numbers(where)) if where else len(index)
+            photos = zip(numbers, index.store.photos_of(numbers), strict=True)
+            rows = [MatchRow(**photo_values(number, photo)) for number, photo in photos]
+            count = index.store.count(where)
         more = listing.page * listing.size < count
         return Answer(matches=rows, best=None, searched=count, vetoed=0, more=more)
 
@@ -346,8 +347,8 @@ async def duplicates(service: Shared) -> list[list[PhotoRow]]:
 
     def ask(index: Index) -> list[list[PhotoRow]]:
         groups = index.duplicates()[:GROUPS]
-        listed = [[photo_row(number_of(index, photo.path), photo) for photo in group] for group in groups]
-        return listed
+        numbers = index.store.numbers_of(photo.path for group in groups for photo in group)
+        return [[photo_row(numbers[photo.path], photo) for photo in group] for group in groups]
 
     return await service.back.ask(ask)
 
@@ -494,21 +495,13 @@ def root_paths(index: Index) -> list[Path]:
 
 def paths_of(index: Index, numbers: list[int]) -> list[Path]:
     """The files of photographs."""
-    return [index.store.photo(number).path for number in numbers]
-
-
-def number_of(index: Index, path: Path) -> int:
-    """The number of a photograph. Raises KeyError if it has just left."""
-    number = index.store.number(path)
-    if number is None:
-        raise KeyError(printable(path))
-    return number
+    return [photo.path for photo in index.store.photos_of(numbers)]
 
 
 def concept_row(index: Index, concept: Any) -> ConceptRow:
     """A concept, with the first of its examples that is still there."""
-    numbers = (index.store.number(path) for path in concept.examples)
-    number = next((number for number in numbers if number is not None), None)
+    numbers = index.store.numbers_of(concept.examples)
+    number = next((numbers[path] for path in concept.examples if path in numbers), None)
     return ConceptRow(
         name=concept.name,
         precision=concept.precision,

@@ -1,0 +1,133 @@
+"""Where an index may be kept: what every store can do, and which kind a name means.
+
+In: a file, a folder that ends in .lance, or the address of object storage. Out: an open `PhotoStore`. Knows nothing of
+how one works; that of large collections (lancestore.py, the extra `distributed`) is imported when it is asked for.
+"""
+
+# ruff: noqa: D102 - `Store` says what each of these does
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmatch.errors import ClipmatchError, Failure
+from clipmatch.photo import Photo, Stamp
+from clipmatch.store import Filter, ModelName, Root, Store
+from clipmatch.teaching import Concept
+
+if TYPE_CHECKING:
+    from clipmatch.calibration import Calibration
+    from clipmatch.collection import Collection
+
+LANCE = ".lance"
+ADDRESS = re.compile(r"[a-z][a-z0-9+]+://")
+INSTALL = 'pip install "clipmatch[distributed]"'
+
+
+class PhotoStore(Protocol):
+    """What an index needs of its store; `Store` (SQLite) says what each method does, `LanceStore` does the same.
+
+    path: its name, for people and for opening it again. derived: the name beside which files lie that are derived of
+    it. Numbers of photographs stay theirs for as long as they are in it, and are below 2 ** 53, as JSON is read.
+    """
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def derived(self) -> Path: ...
+    @property
+    def model(self) -> ModelName | None: ...
+    @property
+    def content(self) -> str: ...
+
+    def close(self) -> None: ...
+    def writer(self, wait: bool = True) -> AbstractContextManager[None]: ...
+    def snapshot(self) -> AbstractContextManager[None]: ...
+    def bind(self, model: ModelName) -> None: ...
+    def roots(self) -> list[Root]: ...
+    def add_root(self, root: Root) -> None: ...
+    def remove_below(self, folder: Path) -> tuple[int, int]: ...
+    def __len__(self) -> int: ...
+    def stamps(self, root: Path) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]: ...
+    def with_content(self, digests: Iterable[str]) -> dict[str, Photo]: ...
+    def not_embedded(self, model: str) -> list[Photo]: ...
+    def embedded(self, model: str, digests: Iterable[str]) -> set[str]: ...
+    def vector(self, digest: str) -> NDArray[np.float32] | None: ...
+    def upsert(
+        self,
+        photos: Sequence[Photo],
+        model: str,
+        rows: Mapping[str, NDArray[np.float32]],
+        failures: Mapping[Path, tuple[Stamp, str]],
+    ) -> None: ...
+    def delete(self, paths: Iterable[Path]) -> None: ...
+    def photos(self) -> Iterator[tuple[int, Photo]]: ...
+    def photo(self, number: int) -> Photo: ...
+    def photos_of(self, numbers: Iterable[int]) -> list[Photo]: ...
+    def number(self, path: Path) -> int | None: ...
+    def numbers_of(self, paths: Iterable[Path]) -> dict[Path, int]: ...
+    def newest(self, where: Filter, most: int, skip: int = 0) -> list[int]: ...
+    def tally(self) -> dict[str, Any]: ...
+    def count(self, where: Filter) -> int: ...
+    def numbers(self, where: Filter) -> NDArray[np.int64]: ...
+    def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]: ...
+    def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]: ...
+    def named(self, text: str, most: int) -> list[int]: ...
+    def rows_of(self, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]: ...
+    def concepts(self) -> dict[str, tuple[str, Concept]]: ...
+    def keep_concept(self, model: str, concept: Concept) -> None: ...
+    def rename_concept(self, old: str, new: str) -> bool: ...
+    def forget_concept(self, name: str) -> bool: ...
+    def broken(self) -> dict[Path, tuple[Stamp, str]]: ...
+    def failures(self) -> list[Failure]: ...
+    def tidy(self) -> None: ...
+    def collection(self, calibration: Calibration | None) -> Collection | None: ...
+
+
+def default_index() -> Path | str:
+    """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
+    from platformdirs import user_data_path
+
+    return place_of(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
+
+
+def is_lance(place: str | Path) -> bool:
+    """Whether a name means Lance tables, not an SQLite file: an address (s3://...), or a folder that ends in .lance."""
+    return bool(ADDRESS.match(str(place))) or Path(place).suffix == LANCE
+
+
+def place_of(place: str | Path) -> Path | str:
+    """The full name of a place: a path from the root on, an address as it is."""
+    if ADDRESS.match(str(place)):
+        return str(place).rstrip("/")
+    return Path(place).expanduser().absolute()
+
+
+def exists(place: Path | str) -> bool:
+    """Whether something lies there; of an address that is known once it is opened."""
+    return isinstance(place, str) or place.is_dir() if is_lance(place) else Path(place).is_file()
+
+
+def open_store(place: str | Path, create: bool = False) -> PhotoStore:
+    """The store in a file, in a folder that ends in .lance, or at an address.
+
+    Raises ClipmatchError when there is none (unless `create`), it is damaged or of something else, or needs packages
+    that are not installed.
+    """
+    if not is_lance(place):
+        return Store.open(place, create)
+    try:
+        from clipmatch.lancestore import LanceStore
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("clipmatch"):
+            raise
+        raise ClipmatchError(f"The index {place} is of Lance tables, which need {error.name}: {INSTALL}") from error
+    return LanceStore.open(place_of(place), create)
