@@ -50,8 +50,8 @@ class LanceCollection:
         count = self.count(where)
         if count > approximate.LEAST:
             raise ClipmatchError(
-                f"These are {count:,} photographs, more than the {approximate.LEAST:,} that can be looked at one by one "
-                "here; choose among them with a filter, such as --folder or --after."
+                f"These are {count:,} photographs, more than the {approximate.LEAST:,} that can be looked at one by "
+                "one here; choose among them with a filter, such as --folder or --after."
             )
         return self._gallery(*self.store.rows_where(condition_of(where)))
 

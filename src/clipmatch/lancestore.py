@@ -26,9 +26,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-for _name in ("LANCE_LOG", "LANCEDB_LOG"):
-    os.environ.setdefault(_name, "error")  # it warns of changes to come, which concern nobody who searches
-
 import lancedb
 import numpy as np
 import pyarrow as pa
@@ -361,7 +358,9 @@ class LanceStore:
         schema = staged_schema(model, dim)
         if table is None or (table.schema.metadata or {}).get(MODEL.encode()) != model.encode():
             with reading_errors(self.path):
-                self._tables[STAGED] = self._db.create_table(STAGED, schema=schema, mode="overwrite")
+                if table is not None:  # an earlier change, to yet another model, was given up
+                    self._db.drop_table(STAGED)
+                self._tables[STAGED] = self._db.create_table(STAGED, schema=schema)
         vectors = pa.array([row.astype(np.float32) for row in rows.values()], schema.field("vector").type)
         self._merge(STAGED, "digest", pa.table([list(rows), vectors], schema=schema))
 
