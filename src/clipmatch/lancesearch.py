@@ -60,7 +60,7 @@ class LanceCollection:
     ) -> Narrowed | None:
         """Candidates of the index for each of the rows; None where no more pass than are looked at anyway."""
         count = self.count(where)
-        if count <= most:
+        if count <= min(most, approximate.LEAST):
             return None
         condition = condition_of(where)
         probes = None if count <= approximate.FEW else 0 if where else PROBES
