@@ -26,6 +26,7 @@ from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
+from clipmatch.remote import is_remote
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.storage import PhotoStore, default_index, open_store
@@ -511,7 +512,9 @@ def find_matches(
 
 
 def absolute(path: str | Path) -> Path:
-    """A path as the index keeps it; a link stays a link."""
+    """A path as the index keeps it; a link stays a link, an address becomes what `pathlib` makes of it."""
+    if is_remote(path):
+        return Path(path)
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - which `resolve` would follow
 
 

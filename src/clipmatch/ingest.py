@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from clipmatch.archive import open_file
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
@@ -74,8 +75,24 @@ def update(
     check_model(store, embedder)
     summary = Summary()
     there = compare(store, roots, summary, keep_empty)
+    take_in(store, embedder, there, summary, progress)
+    summary.removed += len(there.gone) - summary.moved
+    if there.gone or there.mended:
+        store.delete([*there.gone, *there.mended])
+    return summary
+
+
+def take_in(
+    store: PhotoStore,
+    embedder: Embedder,
+    there: Comparison,
+    summary: Summary,
+    progress: bool,
+    batch: int | None = None,
+) -> None:
+    """Embed and store what is new or changed, `batch` files to a commit, and count it."""
     left = Counter(there.gone.values())  # contents that a moved file can bring back
-    for photos, failures in ingest(store, embedder, there.fresh, progress):
+    for photos, failures in ingest(store, embedder, there.fresh, progress, batch):
         for photo in photos:
             if photo.path in there.known:
                 summary.changed += 1
@@ -85,10 +102,6 @@ def update(
             else:
                 summary.added += 1
         summary.failures += failures
-    summary.removed += len(there.gone) - summary.moved
-    if there.gone or there.mended:
-        store.delete([*there.gone, *there.mended])
-    return summary
 
 
 def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
@@ -208,7 +221,7 @@ class Batch:
 
 
 def ingest(
-    store: PhotoStore, embedder: Embedder, files: Sequence[Found], progress: bool
+    store: PhotoStore, embedder: Embedder, files: Sequence[Found], progress: bool, batch: int | None = None
 ) -> Iterator[tuple[list[Photo], list[Failure]]]:
     """Hash, embed where needed, and store files -> photographs and failures, a batch at a time, in order."""
     under_way: dict[str, str] = {}  # contents in batches not yet stored, and why those can't be used that just failed
@@ -217,16 +230,17 @@ def ingest(
         paths = list(batch.first.values())
         return batch, embedder.embed_images(paths, progress=False, read=batch.looks.read)
 
-    batches = (prepare(store, embedder.fingerprint, part, under_way) for part in groups(files))
+    batches = (prepare(store, embedder.fingerprint, part, under_way) for part in groups(files, batch))
     with counter(len(files), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
-        for batch, done in in_order(embed, batches, pool, UNDER_WAY):
-            yield keep(store, embedder.fingerprint, batch, done, under_way)
-            bar.update(len(batch.stamps))
+        for hashed, done in in_order(embed, batches, pool, UNDER_WAY):
+            yield keep(store, embedder.fingerprint, hashed, done, under_way)
+            bar.update(len(hashed.stamps))
 
 
-def groups(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """A sequence, `BATCH` at a time."""
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+def groups(items: Sequence[T], size: int | None = None) -> Iterator[Sequence[T]]:
+    """A sequence, `size` at a time; `BATCH`, if not given."""
+    size = size or BATCH
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def counter(total: int, progress: bool) -> tqdm[Any]:
@@ -322,7 +336,7 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
     def digest(path: Path) -> str | Failure:
         sha = hashlib.sha256()
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(READ):
                     sha.update(block)
         except OSError as error:

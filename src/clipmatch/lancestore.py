@@ -286,6 +286,17 @@ class LanceStore:
         known = {path_of(row["path"]): stamp_of(row) for row in self._rows("photos", columns, condition)}
         return known, self.broken(condition)
 
+    def stamps_of(self, paths: Iterable[Path]) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
+        """As `stamps`, of these files."""
+        listed = list(paths)
+        wanted, columns = set(listed), ("path", "size", "mtime", "sidecar")
+        tried = [number_of(path) + more for path in listed for more in range(TRIES)]
+        rows = [(path_of(row["path"]), stamp_of(row)) for row in self._found("id", tried, columns)]
+        broken: dict[Path, tuple[Stamp, str]] = {}
+        for part in in_parts(map(text_of, listed)):
+            broken |= self.broken(among("path", part))
+        return {path: stamp for path, stamp in rows if path in wanted}, broken
+
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
         return {row["digest"]: photo_of(row) for row in self._found("digest", digests, PHOTO)}
@@ -593,6 +604,14 @@ class LanceStore:
         folder = cache_folder() / "indexes"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"lance-{name}"
+
+    def paths_where(self, name: str, condition: str) -> Iterator[Path]:
+        """The paths in a table that fulfil a condition."""
+        table = self._table(name)
+        if table is not None:
+            with reading_errors(self.path):
+                for batch in table.search().select(["path"]).where(condition).limit(None).to_batches(PART):
+                    yield from map(path_of, batch["path"].to_pylist())
 
     def tidy(self) -> None:
         """After an update: indexes of the new rows, small files made large ones, and old versions removed."""

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from clipmatch.archive import locate
 from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.prompts import parse_prompts
@@ -40,6 +41,7 @@ from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, Term, terms_of
+from clipmatch.remote import is_remote
 from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, forget_unwanted, is_unchanged, render
 from clipmatch.runtime import usable_cores
 from clipmatch.studio import Studio, file_of
@@ -385,7 +387,8 @@ async def full(number: Number, service: Shared, request: Request) -> Response:
     """The photograph: the file itself, or a JPEG of it if browsers don't know its format."""
     found = await service.desk.ask(lambda index: index.store.photo(number))
     media_type = SHOWN.get(found.path.suffix.lower())
-    if media_type is not None and await asyncio.to_thread(is_unchanged, found):
+    here = locate(found.path) is None and not is_remote(found.path)
+    if media_type is not None and here and await asyncio.to_thread(is_unchanged, found):
         return FileResponse(found.path, media_type=media_type, headers=freshness(found, "file", True, request))
     return await picture(service, found, FULL, request)
 

@@ -1,0 +1,282 @@
+"""Bring an index up to date with very many pictures, on a Ray cluster.
+
+In: folders, addresses of object storage, WebDataset archives (.tar). Out: a `Summary`. What a worker does with its share
+is what one machine does with all (`ingest.take_in`); here is only how the work is listed and shared out.
+
+The driver lists files, a part at a time; Ray Data hands them to a pool of actors, each with the model and the store
+open. An actor asks the store which of its files are unchanged, embeds the others and commits them. So a run that is
+started again does only what is missing, and when a worker or a machine is lost, its share is done again by another:
+what it had stored is found unchanged then, and what it was storing has the same numbers, so nothing is there twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+from tqdm import tqdm
+
+from clipmatch.archive import contents
+from clipmatch.crawl import Found, walk
+from clipmatch.embedder import Embedder, load_model
+from clipmatch.errors import ClipmatchError, Failure, reason_of
+from clipmatch.imageformats import is_image_name
+from clipmatch.index import absolute, check_folders, name_of
+from clipmatch.ingest import Comparison, Summary, sort_out, take_in
+from clipmatch.lancerows import below, number_of, path_of, text_of
+from clipmatch.lancestore import LanceStore
+from clipmatch.photo import Stamp
+from clipmatch.remote import is_remote, list_files, status_of
+from clipmatch.storage import is_lance
+from clipmatch.store import Filter, Root, check_model
+
+TAR = ".tar"
+LISTED = 1_000_000  # files that the driver holds at once
+SHARE = 512  # files that an actor is given at once, and does again if it is lost
+COMMIT = 256  # files to a version of the table
+FILES = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64()), ("sidecar", pa.int64())])
+COUNTS = ("added", "changed", "unchanged")
+
+
+def update(
+    place: Path | str,
+    folders: Sequence[str | Path],
+    exclude: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Make an index of Lance tables what folders (also of object storage) and archives are now.
+
+    address: of a Ray cluster, whose machines reach the same files, store and model; None: one is started here, for as
+    long as it takes. workers: how many embed at once; None: as many as there are cores but one, or GPUs with
+    `device` "cuda". Raises ClipmatchError when the place is none of Lance tables, a source does not exist, the index
+    holds the vectors of another model, or there is no such cluster.
+    """
+    if not is_lance(place):
+        raise ClipmatchError(
+            f"--engine ray writes Lance tables, and {place} is an SQLite file; name an address (s3://bucket/index) or a "
+            "folder that ends in .lance with --store."
+        )
+    roots = [absolute(folder) for folder in folders]
+    check_folders([root for root in roots if not is_remote(root)])
+    with LanceStore.open(place, create=True) as store:
+        bound = store.model
+        model = model or (bound.name if bound else None)
+        embedder = load_model(model, device)
+        check_model(store, embedder)
+        if bound is None:
+            store.bind(name_of(embedder))
+        for root in roots:
+            store.add_root(Root(root, tuple(exclude)))
+        known = store.roots() if not roots else [root for root in store.roots() if root.path in roots]
+        if not known:
+            raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR --engine ray")
+        with connected(address):
+            summary = Job(store, embedder, model, device, workers, progress).run(known)
+        store.tidy()
+    return summary
+
+
+class connected:
+    """Within it Ray is connected to a cluster, or to one that is started here."""
+
+    def __init__(self, address: str | None):
+        self.address = address
+
+    def __enter__(self) -> None:
+        if ray.is_initialized():
+            raise ClipmatchError("This process is connected to a Ray cluster already; disconnect with ray.shutdown().")
+        try:
+            ray.init(self.address, include_dashboard=False if self.address is None else None, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClipmatchError(f"There is no Ray cluster at {self.address} ({reason_of(error)}).") from error
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
+
+
+class Job:
+    """An update of a store on the cluster that Ray is connected to."""
+
+    def __init__(
+        self,
+        store: LanceStore,
+        embedder: Embedder,
+        model: str | None,
+        device: str | None,
+        workers: int | None,
+        progress: bool,
+    ):
+        self.store, self.progress = store, progress
+        gpus = 1 if str(getattr(embedder, "device", "cpu")).startswith("cuda") else 0
+        have = ray.cluster_resources()
+        room = int(have.get("GPU", 0)) if gpus else int(have.get("CPU", 1)) - 1  # one reads
+        self.pool = ray.data.ActorPoolStrategy(size=workers or max(1, room))
+        self.gpus = gpus
+        self.given = {"place": str(store.path), "model": model, "device": device}
+
+    def run(self, roots: Sequence[Root]) -> Summary:
+        """Take in all that is new below the roots, forget what is gone."""
+        summary = Summary()
+        for root in roots:
+            seen: list[np.ndarray] = []
+            kept: list[Path] = []  # what lies below can't be told to be gone
+            listed = self.files(root, summary, kept)
+            with tqdm(desc=f"photographs of {root.path.name}", unit="img", disable=not self.progress) as bar:
+                while part := list(islice(listed, LISTED)):
+                    seen.append(self.embed(part, summary, bar))
+            self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
+        return summary
+
+    def files(self, root: Root, summary: Summary, kept: list[Path]) -> Iterator[Found]:
+        """The pictures and archives below a root."""
+        if is_remote(root.path):
+            for path, stamp in list_files(root.path):
+                name = path.relative_to(root.path).as_posix()
+                fits = any(fnmatch(path.name, pattern) or fnmatch(name, pattern) for pattern in root.exclude)
+                if not fits and (is_image_name(path.name) or path.suffix.lower() == TAR):
+                    yield Found(path, stamp)
+            return
+        for item in walk(root.path, root.exclude, root.follow_links, also=(TAR,)):
+            if isinstance(item, Failure):
+                summary.failures.append(item)
+                kept.append(item.path)
+            else:
+                yield item
+
+    def embed(self, files: Sequence[Found], summary: Summary, bar: Any) -> np.ndarray:
+        """Share out some files; count what became of them -> the numbers [n] of the paths of all pictures."""
+        data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
+        if any(item.path.suffix.lower() == TAR for item in files):
+            data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
+        environment = {"CLIPMATCH_THREADS": "1"} if not self.gpus else {}
+        made = data.map_batches(
+            Worker,
+            fn_constructor_kwargs=self.given,
+            batch_size=SHARE,
+            batch_format="pyarrow",
+            compute=self.pool,
+            num_cpus=1,
+            num_gpus=self.gpus,
+            runtime_env={"env_vars": environment},
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        numbers = []
+        try:
+            for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in batch.to_pylist():
+                    for name in COUNTS:
+                        setattr(summary, name, getattr(summary, name) + row[name])
+                    summary.failures += [Failure(path_of(bad["path"]), bad["reason"]) for bad in row["failures"]]
+                    numbers.append(np.array(row["numbers"], np.int64))
+                    bar.update(len(row["numbers"]))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ClipmatchError(
+                f"The Ray job has failed ({reason_of(cause)}); what is stored stays, so start it again."
+            ) from error
+        return np.concatenate([np.empty(0, np.int64), *numbers])
+
+    def forget_gone(self, root: Path, seen: np.ndarray, kept: Sequence[Path], summary: Summary) -> None:
+        """Forget photographs and failures below a root whose files are not there any more."""
+        condition = below(root)
+        if not len(seen):
+            there = self.store.count(Filter(folders=(root,)))
+            if there:
+                reason = f"it is empty now; its {there} photographs stay until it is removed: clipmatch index --remove"
+                summary.failures.append(Failure(root, reason))
+            return
+        hashes = np.unique(seen)
+        gone = [
+            path
+            for name in ("photos", "failures")
+            for path in self.store.paths_where(name, condition)
+            if not among_sorted(number_of(path), hashes) and not any(path.is_relative_to(place) for place in kept)
+        ]
+        if gone:
+            summary.removed += len(self.store.numbers_of(gone))
+            self.store.delete(gone)
+
+
+class Worker:
+    """An actor: a model and a store, and what is done with a share of the files."""
+
+    def __init__(self, place: str, model: str | None, device: str | None):
+        self.store = LanceStore.open(place if "://" in place else Path(place))
+        self.embedder = load_model(model, device)
+        check_model(self.store, self.embedder)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Files -> one row that counts them."""
+        files = [Found(path_of(row.pop("path")), Stamp(**row)) for row in batch.to_pylist()]
+        there, summary = Comparison(), Summary()
+        known, broken = self.store.stamps_of(item.path for item in files)
+        there.known |= known.keys()
+        for item in files:
+            sort_out(item, known, broken, there, summary)
+        take_in(self.store, self.embedder, there, summary, progress=False, batch=COMMIT)
+        row = {name: getattr(summary, name) for name in COUNTS}
+        bad = [{"path": text_of(failure.path), "reason": failure.reason} for failure in summary.failures]
+        return pa.Table.from_pylist(
+            [{**row, "failures": bad, "numbers": [number_of(item.path) for item in files]}], schema=DONE
+        )
+
+
+DONE = pa.schema(
+    [
+        *((name, pa.int64()) for name in COUNTS),
+        ("failures", pa.list_(pa.struct([("path", pa.string()), ("reason", pa.string())]))),
+        ("numbers", pa.list_(pa.int64())),
+    ]
+)
+
+
+def as_table(files: Iterable[Found]) -> pa.Table:
+    """Files as rows."""
+    return pa.Table.from_pylist([{"path": text_of(item.path), **vars(item.stamp)} for item in files], schema=FILES)
+
+
+def open_archives(batch: pa.Table) -> pa.Table:
+    """Files, among them archives -> the same, with the pictures in the archives in their places.
+
+    An archive that can't be read stays, and becomes a failure where it is opened as a picture.
+    """
+    found: list[dict[str, Any]] = []
+    for row in batch.to_pylist():
+        path = path_of(row["path"])
+        found += members_of(path) if path.suffix.lower() == TAR else [row]
+    return pa.Table.from_pylist(found, schema=FILES)
+
+
+def members_of(archive: Path) -> list[dict[str, Any]]:
+    """The pictures in an archive, as rows; their time is the archive's."""
+    try:
+        inside, (_, modified) = contents(archive), status_of(archive)
+    except OSError:
+        return [{"path": text_of(archive), "size": 0, "mtime": 0, "sidecar": 0}]
+    return [
+        {"path": text_of(archive / member.name), "size": member.size, "mtime": modified, "sidecar": 0}
+        for member in inside.members
+        if is_image_name(os.path.basename(member.name))  # noqa: PTH119 - of each of very many
+    ]
+
+
+def among_sorted(value: int, values: np.ndarray) -> bool:
+    """Whether a number is one of others, which rise."""
+    at = int(np.searchsorted(values, value))
+    return at < len(values) and int(values[at]) == value
