@@ -50,7 +50,8 @@ def walk(
 
     Hidden files and folders are left out, and those whose name, or path below `folder`, fits a pattern of `exclude`
     (as in a shell: "*.gif", "Trash", "2019/raw"). A link to a folder is entered only with `follow_links`, and no folder
-    twice, and no gallery that clipmatch has exported. also: suffixes of files that are listed too. Raises ClipmatchError when the folder does not exist.
+    twice, and no gallery that clipmatch has exported. also: suffixes of files that are listed too.
+    Raises ClipmatchError when the folder does not exist.
     """
     root = Path(folder).expanduser().absolute()
     try:

@@ -1,7 +1,7 @@
 """Bring an index up to date with very many pictures, on a Ray cluster.
 
-In: folders, addresses of object storage, WebDataset archives (.tar). Out: a `Summary`. What a worker does with its share
-is what one machine does with all (`ingest.take_in`); here is only how the work is listed and shared out.
+In: folders, addresses of object storage, WebDataset archives (.tar). Out: a `Summary`. What a worker does with its
+share is what one machine does with all (`ingest.take_in`); here is only how the work is listed and shared out.
 
 The driver lists files, a part at a time; Ray Data hands them to a pool of actors, each with the model and the store
 open. An actor asks the store which of its files are unchanged, embeds the others and commits them. So a run that is
@@ -11,8 +11,13 @@ what it had stored is found unchanged then, and what it was storing has the same
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -23,6 +28,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clipmatch.archive import contents
@@ -43,6 +49,8 @@ TAR = ".tar"
 LISTED = 1_000_000  # files that the driver holds at once
 SHARE = 512  # files that an actor is given at once, and does again if it is lost
 COMMIT = 256  # files to a version of the table
+LOST = 5  # times that workers may be lost before anything is done again
+PAUSE = 2  # seconds, times how often they were lost in turn: the cluster takes a while to notice
 FILES = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64()), ("sidecar", pa.int64())])
 COUNTS = ("added", "changed", "unchanged")
 
@@ -67,8 +75,8 @@ def update(
     """
     if not is_lance(place):
         raise ClipmatchError(
-            f"--engine ray writes Lance tables, and {place} is an SQLite file; name an address (s3://bucket/index) or a "
-            "folder that ends in .lance with --store."
+            f"--engine ray writes Lance tables, and {place} is an SQLite file; name an address (s3://bucket/index) or "
+            "a folder that ends in .lance with --store."
         )
     roots = [absolute(folder) for folder in folders]
     check_folders([root for root in roots if not is_remote(root)])
@@ -90,22 +98,22 @@ def update(
     return summary
 
 
-class connected:
-    """Within it Ray is connected to a cluster, or to one that is started here."""
-
-    def __init__(self, address: str | None):
-        self.address = address
-
-    def __enter__(self) -> None:
-        if ray.is_initialized():
-            raise ClipmatchError("This process is connected to a Ray cluster already; disconnect with ray.shutdown().")
-        try:
-            ray.init(self.address, include_dashboard=False if self.address is None else None, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClipmatchError(f"There is no Ray cluster at {self.address} ({reason_of(error)}).") from error
-        ray.data.DataContext.get_current().enable_progress_bars = False
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Within it Ray is connected to a cluster, or to one that is started here. Raises ClipmatchError if it can't be."""
+    warnings.filterwarnings("ignore", message="lancedb fork support")  # Ray's children don't touch it
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        raise ClipmatchError("This process is connected to a Ray cluster already; disconnect with ray.shutdown().")
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClipmatchError(f"There is no Ray cluster at {address} ({reason_of(error)}).") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
         ray.shutdown()
 
 
@@ -121,23 +129,20 @@ class Job:
         workers: int | None,
         progress: bool,
     ):
-        self.store, self.progress = store, progress
-        gpus = 1 if str(getattr(embedder, "device", "cpu")).startswith("cuda") else 0
-        have = ray.cluster_resources()
-        room = int(have.get("GPU", 0)) if gpus else int(have.get("CPU", 1)) - 1  # one reads
-        self.pool = ray.data.ActorPoolStrategy(size=workers or max(1, room))
-        self.gpus = gpus
+        self.store, self.workers, self.progress = store, workers, progress
+        self.on_gpus = str(getattr(embedder, "device", "cpu")).startswith("cuda")
         self.given = {"place": str(store.path), "model": model, "device": device}
 
     def run(self, roots: Sequence[Root]) -> Summary:
         """Take in all that is new below the roots, forget what is gone."""
         summary = Summary()
         for root in roots:
-            seen: list[np.ndarray] = []
+            seen: list[NDArray[np.int64]] = []
             kept: list[Path] = []  # what lies below can't be told to be gone
             listed = self.files(root, summary, kept)
             with tqdm(desc=f"photographs of {root.path.name}", unit="img", disable=not self.progress) as bar:
                 while part := list(islice(listed, LISTED)):
+                    bar.total = bar.n + len(part)
                     seen.append(self.embed(part, summary, bar))
             self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
         return summary
@@ -158,41 +163,62 @@ class Job:
             else:
                 yield item
 
-    def embed(self, files: Sequence[Found], summary: Summary, bar: Any) -> np.ndarray:
-        """Share out some files; count what became of them -> the numbers [n] of the paths of all pictures."""
-        data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
-        if any(item.path.suffix.lower() == TAR for item in files):
-            data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
-        environment = {"CLIPMATCH_THREADS": "1"} if not self.gpus else {}
-        made = data.map_batches(
-            Worker,
-            fn_constructor_kwargs=self.given,
-            batch_size=SHARE,
-            batch_format="pyarrow",
-            compute=self.pool,
-            num_cpus=1,
-            num_gpus=self.gpus,
-            runtime_env={"env_vars": environment},
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
-        numbers = []
-        try:
-            for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
-                for row in batch.to_pylist():
+    def embed(self, files: Sequence[Found], summary: Summary, bar: Any) -> NDArray[np.int64]:
+        """Have some files embedded; count what became of them -> the numbers [n] of the paths of all pictures.
+
+        When a worker is lost, what it and those after it had is shared out anew among those that are there.
+        """
+        left, numbers, lost = list(files), [np.empty(0, np.int64)], 0
+        while True:
+            before = len(numbers)
+            try:
+                for row in self.share_out(left):
                     for name in COUNTS:
                         setattr(summary, name, getattr(summary, name) + row[name])
                     summary.failures += [Failure(path_of(bad["path"]), bad["reason"]) for bad in row["failures"]]
                     numbers.append(np.array(row["numbers"], np.int64))
                     bar.update(len(row["numbers"]))
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise ClipmatchError(
-                f"The Ray job has failed ({reason_of(cause)}); what is stored stays, so start it again."
-            ) from error
-        return np.concatenate([np.empty(0, np.int64), *numbers])
+                return np.concatenate(numbers)
+            except ray.exceptions.RayError as error:
+                if own := own_error(error):
+                    raise own from error
+                lost = 1 if len(numbers) > before else lost + 1
+                if lost > LOST:
+                    raise ClipmatchError(
+                        f"The Ray cluster has lost its workers {LOST} times in turn ({reason_of(error)}); what is "
+                        "stored stays, so start it again once the cluster is well."
+                    ) from error
+                bar.write(f"A worker was lost; its share is done again ({type(error).__name__}).", file=sys.stderr)
+            done = np.sort(np.concatenate(numbers))
+            left = [item for item in left if not is_in(number_of(item.path), done)]
+            time.sleep(lost * PAUSE)
 
-    def forget_gone(self, root: Path, seen: np.ndarray, kept: Sequence[Path], summary: Summary) -> None:
+    def share_out(self, files: Sequence[Found]) -> Iterator[dict[str, Any]]:
+        """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
+        data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
+        if any(item.path.suffix.lower() == TAR for item in files):
+            data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
+        made = data.map_batches(
+            Worker,
+            fn_constructor_kwargs=self.given,
+            batch_size=SHARE,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=self.workers or self.room()),
+            num_cpus=1,
+            num_gpus=1 if self.on_gpus else None,
+            runtime_env={"env_vars": {} if self.on_gpus else {"CLIPMATCH_THREADS": "1"}},
+            max_restarts=0,  # a share of an actor that can't be placed any more would wait for ever; see `embed`
+            max_task_retries=0,
+        )
+        for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch.to_pylist()
+
+    def room(self) -> int:
+        """How many workers the cluster has room for now."""
+        have = ray.cluster_resources()
+        return max(1, int(have.get("GPU", 0)) if self.on_gpus else int(have.get("CPU", 1)) - 1)  # one core reads
+
+    def forget_gone(self, root: Path, seen: NDArray[np.int64], kept: Sequence[Path], summary: Summary) -> None:
         """Forget photographs and failures below a root whose files are not there any more."""
         condition = below(root)
         if not len(seen):
@@ -206,7 +232,7 @@ class Job:
             path
             for name in ("photos", "failures")
             for path in self.store.paths_where(name, condition)
-            if not among_sorted(number_of(path), hashes) and not any(path.is_relative_to(place) for place in kept)
+            if not is_in(number_of(path), hashes) and not any(path.is_relative_to(place) for place in kept)
         ]
         if gone:
             summary.removed += len(self.store.numbers_of(gone))
@@ -276,7 +302,14 @@ def members_of(archive: Path) -> list[dict[str, Any]]:
     ]
 
 
-def among_sorted(value: int, values: np.ndarray) -> bool:
+def own_error(error: BaseException | None) -> ClipmatchError | None:
+    """What clipmatch itself has said in a worker, if that is the cause of an error of Ray."""
+    while error is not None and not isinstance(error, ClipmatchError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+def is_in(value: int, values: NDArray[np.int64]) -> bool:
     """Whether a number is one of others, which rise."""
     at = int(np.searchsorted(values, value))
     return at < len(values) and int(values[at]) == value
