@@ -47,10 +47,24 @@ def wait_for(ready, seconds, what):
         time.sleep(0.2)
 
 
-def stop(process, kind=signal.SIGTERM):
-    """A program with all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, kind)
+def started_by(process):
+    """The programs that a program has started, and those that these have, with what they are called."""
+    parents = {}
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if place.name.isdecimal():
+                parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [process.pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def stop(process):
+    """`kill -9` of a program with all that it has started."""
+    for one in started_by(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
     process.wait(30)
 
 
@@ -75,7 +89,6 @@ def environment(tmp_path_factory):
             [SERVER, "-H", "127.0.0.1", "-p", address.rsplit(":", 1)[1]],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
         try:
             wait_for(lambda: answers(address), 30, "the S3 server's start")
@@ -124,27 +137,23 @@ def single(pictures, embedded, environment, tmp_path_factory):
 
 @contextlib.contextmanager
 def node(*options, cpus, environment, temporary):
-    """A node of a Ray cluster, in a session of its own."""
+    """A node of a Ray cluster."""
     command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", *options]
     command += ["--object-store-memory=300000000", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=temporary.open("ab"), stderr=subprocess.STDOUT
-    )
+    process = subprocess.Popen(command, env=environment, stdout=temporary.open("ab"), stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
-        stop(process, signal.SIGKILL)
+        stop(process)
 
 
-def workers_of(session):
-    """Processes of a session that are workers with a model."""
-    found = []
-    for place in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if place.name.isdecimal() and os.getsid(int(place.name)) == session:
-                if b"ray::MapWorker" in (place / "cmdline").read_bytes():
-                    found.append(int(place.name))
-    return found
+def has_workers(process):
+    """Whether a node runs an actor with a model."""
+    for one in started_by(process):
+        with contextlib.suppress(OSError):
+            if b"ray::MapWorker" in Path(f"/proc/{one}/cmdline").read_bytes():
+                return True
+    return False
 
 
 def test_the_store_on_object_storage(environment, pictures, single, embedded):
@@ -185,8 +194,8 @@ def test_a_node_is_killed_in_the_middle(environment, pictures, single, embedded,
         try:
             wait_for(lambda: job.poll() is not None or stored(place) > 0, 120, "the first commit")
             assert job.poll() is None, job.communicate()
-            assert workers_of(second.pid), "the second node does not take part"
-            stop(second, signal.SIGKILL)
+            assert has_workers(second), "the second node does not take part"
+            stop(second)
             before = stored(place)
             out, said = job.communicate(timeout=200)
         finally:

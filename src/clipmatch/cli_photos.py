@@ -114,9 +114,7 @@ def index_command(
         raise ClipmatchError("--exclude and --follow-links belong to folders; name the folders too.")
     if engine == "ray":
         if chosen or watch or follow_links is not None:
-            raise ClipmatchError(
-                "--engine ray only adds to an index and brings it up to date; leave out other options."
-            )
+            raise ClipmatchError("--engine ray only brings an index up to date; leave out what does something else.")
         index_by_ray(folders, index_file, exclude, model, device, address, workers)
         return
     if address or workers:

@@ -207,8 +207,7 @@ class Job:
             num_cpus=1,
             num_gpus=1 if self.on_gpus else None,
             runtime_env={"env_vars": {} if self.on_gpus else {"CLIPMATCH_THREADS": "1"}},
-            max_restarts=0,  # a share of an actor that can't be placed any more would wait for ever; see `embed`
-            max_task_retries=0,
+            ray_remote_args_fn=without_restarts,
         )
         for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
@@ -300,6 +299,11 @@ def members_of(archive: Path) -> list[dict[str, Any]]:
         for member in inside.members
         if is_image_name(os.path.basename(member.name))  # noqa: PTH119 - of each of very many
     ]
+
+
+def without_restarts() -> dict[str, int]:
+    """Settings of Ray's actors: a share of one that there is no room for any more would wait for ever. See `Job.embed`."""
+    return {"max_restarts": 0, "max_task_retries": 0}
 
 
 def own_error(error: BaseException | None) -> ClipmatchError | None:

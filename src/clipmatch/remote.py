@@ -1,8 +1,8 @@
 """Files on object storage, by paths: `s3:/bucket/photos/a.jpg` is what `pathlib` makes of `s3://bucket/photos/a.jpg`.
 
 In: addresses, paths. Out: listings, open files, sizes and times. A path that does not begin with a scheme is an
-ordinary file. Knows nothing of pictures. Apache Arrow reads them (the extra `distributed`), by the usual environment variables
-(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...); it is imported by the first such path.
+ordinary file. Knows nothing of pictures. Apache Arrow reads them (the extra `distributed`), by the usual environment
+variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...); it is imported by the first such path.
 """
 
 from __future__ import annotations
