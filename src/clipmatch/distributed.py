@@ -302,7 +302,7 @@ def members_of(archive: Path) -> list[dict[str, Any]]:
 
 
 def without_restarts() -> dict[str, int]:
-    """Settings of Ray's actors: a share of one that there is no room for any more would wait for ever. See `Job.embed`."""
+    """Settings of the actors: what waits for one that has no room any more would wait for ever. See `Job.embed`."""
     return {"max_restarts": 0, "max_task_retries": 0}
 
 
