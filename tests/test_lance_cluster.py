@@ -253,6 +253,9 @@ def test_folders_archives_and_what_is_gone(environment, embedded, tmp_path):
     """On a cluster of this run alone."""
     import tarfile
 
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder, place = tmp_path / "pictures", tmp_path / "photos.lance"
     folder.mkdir()
     for name, colour in (("red", "red"), ("green", "lime"), ("blue", "blue")):
@@ -261,20 +264,28 @@ def test_folders_archives_and_what_is_gone(environment, embedded, tmp_path):
         archive.add(folder / "red.png", "000.png")
         archive.add(folder / "blue.png", "001.png")
     (folder / "damaged.tar").write_bytes(b"nothing")
+    pictures = [{"bytes": (folder / "green.png").read_bytes(), "path": "x"}, {"bytes": b"no picture", "path": "y"}]
+    pq.write_table(pa.table({"image": pictures, "text": ["a", "b"]}), folder / "rows.parquet", row_group_size=1)
+    pq.write_table(pa.table({"image_path": ["red.png", "gone.png", "red.png"]}), folder / "paths.parquet")
 
     def run():
         command = [CLIPMATCH, "index", folder, "--engine", "ray", "--store", place, "--workers", "1"]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert run().stdout.startswith("5 added, 0 moved, 0 changed, 0 unchanged, 0 removed, ")
+    assert run().stdout.startswith("6 added, 0 moved, 0 changed, 0 unchanged, 0 removed, ")
     (folder / "green.png").unlink()
-    assert run().stdout.startswith("0 added, 0 moved, 0 changed, 4 unchanged, 1 removed, ")
+    done = run()
+    assert done.stdout.startswith("0 added, 0 moved, 0 changed, 5 unchanged, 1 removed, ")
+    assert "rows.parquet/00000001: it is not an image in a known format" in done.stderr
+    assert "damaged.tar: damaged or cut off after 0 files" in done.stderr
+    assert "gone.png: no such file or directory" in done.stderr
     with Index.open(place, embedded, create=False) as index:
         assert {str(photo.path.relative_to(folder)) for photo in index} == {
             "red.png",
             "blue.png",
             "shard.tar/000.png",
             "shard.tar/001.png",
+            "rows.parquet/00000000",
         }
 
 

@@ -1,4 +1,5 @@
 """Pictures inside tar archives, read where they lie: `shards/00000.tar/000001.jpg` is a member of `shards/00000.tar`.
+Those in rows of Parquet files (tablefiles.py) likewise.
 
 In: paths. Out: open files, bytes, and what an archive holds. A path that leads into no archive is an ordinary file.
 Knows nothing of captions or models. Nothing is unpacked: a member is found by its offset, which is looked up in a table
@@ -18,6 +19,8 @@ from typing import IO
 
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.remote import is_remote, open_raw, status_of
+from clipmatch.tablefiles import SUFFIX as PARQUET
+from clipmatch.tablefiles import read_row, row_names
 
 TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
 BLOCK = 512  # bytes, of a header
@@ -53,6 +56,8 @@ def read_bytes(path: Path) -> bytes:
         with open_raw(path) as file:
             return file.read()
     archive, name = inside
+    if archive.suffix.lower() == PARQUET:
+        return read_row(archive, name)
     place = table(archive).get(name)
     if place is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -72,15 +77,19 @@ def read_at(archive: Path, offset: int, size: int) -> bytes:
 def is_file(path: Path) -> bool:
     """Whether a path is an ordinary file or a picture in an archive. Raises OSError or ValueError on odd names."""
     inside = locate(path)
-    return path.is_file() if inside is None else inside[0].is_file() and inside[1] in table(inside[0])
+    if inside is None:
+        return path.is_file()
+    archive, name = inside
+    return archive.is_file() and name in (row_names(archive) if archive.suffix.lower() == PARQUET else table(archive))
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
     """A path that leads into an archive -> the archive and the member's name; None for every other."""
-    if ".tar" not in str(path).lower():  # asked of every picture
+    named = str(path).lower()
+    if ".tar" not in named and PARQUET not in named:  # asked of every picture
         return None
     for parent in path.parents:
-        if parent.suffix.lower() == ".tar" and (is_remote(parent) or not parent.is_dir()):
+        if parent.suffix.lower() in (".tar", PARQUET) and (is_remote(parent) or not parent.is_dir()):
             return parent, path.relative_to(parent).as_posix()
     return None
 

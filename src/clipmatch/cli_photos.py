@@ -72,7 +72,7 @@ def index_option(command: Command) -> Command:
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="ray: on many machines, from object storage (s3://bucket/photos) or archives (.tar) too, into Lance tables.",
+    help="ray: on many machines, from object storage (s3://...), .tar and .parquet files too, into Lance tables.",
 )
 @click.option("--address", metavar="HOST:PORT", help="Ray cluster; one is started here for this run, if not given.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Of the Ray cluster; as many as it has room for.")

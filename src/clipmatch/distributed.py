@@ -1,7 +1,7 @@
 """Bring an index up to date with very many pictures, on a Ray cluster.
 
-In: folders, addresses of object storage, WebDataset archives (.tar). Out: a `Summary`. What a worker does with its
-share is what one machine does with all (`ingest.take_in`); here is only how the work is listed and shared out.
+In: folders, addresses of object storage, WebDataset archives (.tar), Parquet files. Out: a `Summary`. What a worker does
+with its share is what one machine does with all (`ingest.take_in`); here is only how work is listed and shared out.
 
 The driver lists files, a part at a time; Ray Data hands them to a pool of actors, each with the model and the store
 open. An actor asks the store which of its files are unchanged, embeds the others and commits them. So a run that is
@@ -41,11 +41,14 @@ from clipmatch.ingest import Comparison, Summary, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.photo import Stamp
+from clipmatch.preprocess import plain_reason
 from clipmatch.remote import is_remote, list_files, status_of
 from clipmatch.storage import is_lance
 from clipmatch.store import Filter, Root, check_model
+from clipmatch.tablefiles import SUFFIX as PARQUET
+from clipmatch.tablefiles import linked, row_names
 
-TAR = ".tar"
+ARCHIVES = (".tar", PARQUET)
 LISTED = 1_000_000  # files that the driver holds at once
 SHARE = 512  # files that an actor is given at once, and does again if it is lost
 COMMIT = 256  # files to a version of the table
@@ -153,10 +156,10 @@ class Job:
             for path, stamp in list_files(root.path):
                 name = path.relative_to(root.path).as_posix()
                 fits = any(fnmatch(path.name, pattern) or fnmatch(name, pattern) for pattern in root.exclude)
-                if not fits and (is_image_name(path.name) or path.suffix.lower() == TAR):
+                if not fits and (is_image_name(path.name) or path.suffix.lower() in ARCHIVES):
                     yield Found(path, stamp)
             return
-        for item in walk(root.path, root.exclude, root.follow_links, also=(TAR,)):
+        for item in walk(root.path, root.exclude, root.follow_links, also=ARCHIVES):
             if isinstance(item, Failure):
                 summary.failures.append(item)
                 kept.append(item.path)
@@ -196,7 +199,7 @@ class Job:
     def share_out(self, files: Sequence[Found]) -> Iterator[dict[str, Any]]:
         """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
         data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
-        if any(item.path.suffix.lower() == TAR for item in files):
+        if any(item.path.suffix.lower() in ARCHIVES for item in files):
             data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
         made = data.map_batches(
             Worker,
@@ -248,17 +251,21 @@ class Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Files -> one row that counts them."""
-        files = [Found(path_of(row.pop("path")), Stamp(**row)) for row in batch.to_pylist()]
+        listed = [Found(path_of(row.pop("path")), Stamp(**row)) for row in batch.to_pylist()]
+        files = list({item.path: item for item in listed}.values())  # a Parquet file may name one more than once
         there, summary = Comparison(), Summary()
         known, broken = self.store.stamps_of(item.path for item in files)
         there.known |= known.keys()
         for item in files:
-            sort_out(item, known, broken, there, summary)
+            if item.path.suffix.lower() in ARCHIVES:
+                summary.failures.append(Failure(item.path, problem_of(item.path)))
+            else:
+                sort_out(item, known, broken, there, summary)
         take_in(self.store, self.embedder, there, summary, progress=False, batch=COMMIT)
         row = {name: getattr(summary, name) for name in COUNTS}
         bad = [{"path": text_of(failure.path), "reason": failure.reason} for failure in summary.failures]
         return pa.Table.from_pylist(
-            [{**row, "failures": bad, "numbers": [number_of(item.path) for item in files]}], schema=DONE
+            [{**row, "failures": bad, "numbers": [number_of(item.path) for item in listed]}], schema=DONE
         )
 
 
@@ -279,23 +286,26 @@ def as_table(files: Iterable[Found]) -> pa.Table:
 def open_archives(batch: pa.Table) -> pa.Table:
     """Files, among them archives -> the same, with the pictures in the archives in their places.
 
-    An archive that can't be read stays, and becomes a failure where it is opened as a picture.
+    An archive that can't be read, or not to its end, stays; a worker says why.
     """
     found: list[dict[str, Any]] = []
     for row in batch.to_pylist():
         path = path_of(row["path"])
-        found += members_of(path) if path.suffix.lower() == TAR else [row]
+        found += members_of(path) if path.suffix.lower() in ARCHIVES else [row]
     return pa.Table.from_pylist(found, schema=FILES)
 
 
 def members_of(archive: Path) -> list[dict[str, Any]]:
     """The pictures in an archive, as rows; their time is the archive's."""
     try:
-        inside, (_, modified) = contents(archive), status_of(archive)
+        modified = status_of(archive)[1]
+        if archive.suffix.lower() == PARQUET:
+            return rows_of(archive, modified)
+        inside = contents(archive)
     except OSError:
-        return [{"path": text_of(archive), "size": 0, "mtime": 0, "sidecar": 0}]
-    return [
-        {"path": text_of(archive / member.name), "size": member.size, "mtime": modified, "sidecar": 0}
+        return [row_of(archive)]
+    return [row_of(archive)] * (inside.problem is not None) + [
+        row_of(archive / member.name, member.size, modified)
         for member in inside.members
         if is_image_name(os.path.basename(member.name))  # noqa: PTH119 - of each of very many
     ]
@@ -304,6 +314,37 @@ def members_of(archive: Path) -> list[dict[str, Any]]:
 def without_restarts() -> dict[str, int]:
     """Settings of the actors: what waits for one that has no room any more would wait for ever. See `Job.embed`."""
     return {"max_restarts": 0, "max_task_retries": 0}
+
+
+def rows_of(table: Path, modified: int) -> list[dict[str, Any]]:
+    """The pictures in a Parquet file, or those whose paths it has, as rows; paths are meant from its folder on.
+
+    Raises OSError if it can't be read.
+    """
+    paths = linked(table)
+    if paths is None:
+        return [row_of(table / name, 0, modified) for name in row_names(table)]
+    found = []
+    for path in dict.fromkeys(absolute(text if is_remote(text) else table.parent / text) for text in paths if text):
+        try:
+            found.append(row_of(path, *status_of(path)))
+        except OSError:
+            found.append(row_of(path))
+    return found
+
+
+def problem_of(archive: Path) -> str:
+    """Why an archive can't be read."""
+    try:
+        problem = None if archive.suffix.lower() == PARQUET and row_names(archive) else contents(archive).problem
+    except OSError as error:
+        return plain_reason(error)
+    return problem or "it could not be read"
+
+
+def row_of(path: Path, size: int = 0, modified: int = 0) -> dict[str, Any]:
+    """A file as a row."""
+    return {"path": text_of(path), "size": size, "mtime": modified, "sidecar": 0}
 
 
 def own_error(error: BaseException | None) -> ClipmatchError | None:

@@ -26,7 +26,7 @@ from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
-from clipmatch.remote import is_remote
+from clipmatch.remote import address_of, is_remote
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.storage import PhotoStore, default_index, open_store
@@ -421,6 +421,8 @@ def rows_in(rows: Mapping[Path, NDArray[np.float32]], dim: int) -> NDArray[np.fl
 def check_folders(folders: Sequence[str | Path]) -> None:
     """Raise ClipmatchError if one of them does not exist."""
     for folder in map(absolute, folders):
+        if is_remote(folder):
+            raise ClipmatchError(f"{address_of(folder)} is on object storage; index it with --engine ray.")
         if not folder.exists():
             raise ClipmatchError(f"The image folder {folder} does not exist; check its name.")
 
