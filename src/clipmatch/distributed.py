@@ -1,7 +1,8 @@
 """Bring an index up to date with very many pictures, on a Ray cluster.
 
-In: folders, addresses of object storage, WebDataset archives (.tar), Parquet files. Out: a `Summary`. What a worker does
-with its share is what one machine does with all (`ingest.take_in`); here is only how work is listed and shared out.
+In: folders, addresses of object storage, WebDataset archives (.tar), Parquet files. Out: a `Summary`. What a worker
+does with its share is what one machine does with all (`ingest.take_in`); here is only how work is listed and shared
+out.
 
 The driver lists files, a part at a time; Ray Data hands them to a pool of actors, each with the model and the store
 open. An actor asks the store which of its files are unchanged, embeds the others and commits them. So a run that is
