@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.photo import Stamp
 
-SCHEME = re.compile(r"([a-z][a-z0-9+]+):/+")
+SCHEME = re.compile(r"^([a-z][a-z0-9+]+):/+")
 
 
 def is_remote(path: str | Path) -> bool:
@@ -65,7 +65,7 @@ def list_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
     except OSError as error:
         raise ClipmatchError(f"{address_of(folder)} can't be read ({reason_of(error)}); check its name.") from error
     for found in listed:
-        below = found.path[len(inside) :].strip("/")
+        below = found.path.lstrip("/")[len(inside) :].strip("/")  # some begin with a slash
         if found.is_file and not any(part.startswith(".") for part in below.split("/")):
             yield (folder / below if below else folder), Stamp(found.size, found.mtime_ns or 0)
 
