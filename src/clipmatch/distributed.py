@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
@@ -51,9 +52,11 @@ from clipmatch.tablefiles import linked, row_names
 
 ARCHIVES = (".tar", PARQUET)
 LISTED = 1_000_000  # files that the driver holds at once
-SHARE = 512  # files that an actor is given at once, and does again if it is lost
+MANY = 1 << 30
+SHARE = 256  # files that an actor is given at once, and does again if it is lost
 COMMIT = 256  # files to a version of the table
 LOST = 5  # times that workers may be lost before anything is done again
+PATIENCE = 10  # seconds to reach a cluster
 PAUSE = 2  # seconds, times how often they were lost in turn: the cluster takes a while to notice
 FILES = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64()), ("sidecar", pa.int64())])
 COUNTS = ("added", "changed", "unchanged")
@@ -105,14 +108,20 @@ def update(
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Within it Ray is connected to a cluster, or to one that is started here. Raises ClipmatchError if it can't be."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="ray")
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn")  # the one way yet to place actors anew
     warnings.filterwarnings("ignore", message="lancedb fork support")  # Ray's children don't touch it
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         raise ClipmatchError("This process is connected to a Ray cluster already; disconnect with ray.shutdown().")
     try:
+        if address:
+            host, _, port = address.rpartition(":")
+            with socket.create_connection((host, int(port)), PATIENCE):  # Ray itself would try for minutes
+                pass
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClipmatchError(f"There is no Ray cluster at {address} ({reason_of(error)}).") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
@@ -207,11 +216,11 @@ class Job:
             fn_constructor_kwargs=self.given,
             batch_size=SHARE,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=self.workers or self.room()),
+            compute=ray.data.ActorPoolStrategy(size=min(self.workers or MANY, self.room())),
             num_cpus=1,
             num_gpus=1 if self.on_gpus else None,
             runtime_env={"env_vars": {} if self.on_gpus else {"CLIPMATCH_THREADS": "1"}},
-            ray_remote_args_fn=without_restarts,
+            ray_remote_args_fn=actor_settings,
         )
         for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
@@ -312,9 +321,9 @@ def members_of(archive: Path) -> list[dict[str, Any]]:
     ]
 
 
-def without_restarts() -> dict[str, int]:
-    """Settings of the actors: what waits for one that has no room any more would wait for ever. See `Job.embed`."""
-    return {"max_restarts": 0, "max_task_retries": 0}
+def actor_settings() -> dict[str, Any]:
+    """On all machines; never restarted: what waits for one that has no room any more would wait for ever."""
+    return {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
 
 
 def rows_of(table: Path, modified: int) -> list[dict[str, Any]]:
