@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from clipmatch.imageformats import SUFFIXES
-from clipmatch.remote import is_remote, open_raw, status_of
+from clipmatch.remote import is_remote, open_raw, read_whole, status_of
 from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import read_row, row_names
 
@@ -46,15 +46,14 @@ class Contents:
 
 def open_file(path: Path) -> IO[bytes]:
     """An ordinary file, or a member of an archive, open for reading. Raises OSError."""
-    return open_raw(path) if locate(path) is None else io.BytesIO(read_bytes(path))
+    return path.open("rb") if locate(path) is None and not is_remote(path) else io.BytesIO(read_bytes(path))
 
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
     inside = locate(path)
     if inside is None:
-        with open_raw(path) as file:
-            return file.read()
+        return read_whole(path) if is_remote(path) else path.read_bytes()
     archive, name = inside
     if archive.suffix.lower() == PARQUET:
         return read_row(archive, name)

@@ -13,10 +13,15 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any, cast
 
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.photo import Stamp
+
+KEPT = 256 << 20  # bytes
+fetched: dict[Path, bytes] = {}  # the oldest first
+turn = Lock()
 
 SCHEME = re.compile(r"^([a-z][a-z0-9+]+):/+")
 
@@ -37,6 +42,24 @@ def open_raw(path: Path) -> IO[bytes]:
         return path.open("rb")
     system, inside = locate(path)
     return cast("IO[bytes]", system.open_input_file(inside))
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file that is read twice, first to be hashed and then to be decoded: it is fetched once.
+
+    What the second reader never comes for is forgotten. Raises OSError.
+    """
+    with turn:
+        data = fetched.pop(path, None)
+    if data is not None:
+        return data
+    with open_raw(path) as file:
+        data = file.read()
+    with turn:
+        fetched[path] = data
+        while sum(map(len, fetched.values())) > KEPT:
+            del fetched[next(iter(fetched))]
+    return data
 
 
 def status_of(path: Path) -> tuple[int, int]:
