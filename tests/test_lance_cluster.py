@@ -26,7 +26,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index, absolute
 from clipmatch.lancestore import LanceStore
 
-PICTURES = 1000
+PICTURES = 2000
 BROKEN = 25
 COPIES = 10
 TOKEN = "5d6bd2a1c8f04e7f9b3a6c1d2e4f5a7b"
