@@ -40,8 +40,9 @@ MOTO := .venv-moto
 CLUSTER := $(VENV)/.distributed
 
 test-cluster: $(CLUSTER)
-	CLIPMATCH_MOTO=$(MOTO)/bin/moto_server $(BIN)/python -m pytest -n 2 --dist loadfile -k "lance" \
-		tests/test_lance_cluster.py tests/test_lancestore.py tests/test_index.py tests/test_teaching.py tests/test_search.py
+	CLIPMATCH_MOTO=$(MOTO)/bin/moto_server $(BIN)/python -m pytest tests/test_lance_cluster.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -k lance tests/test_lancestore.py tests/test_index.py \
+		tests/test_teaching.py tests/test_search.py
 
 $(CLUSTER): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[distributed]"
