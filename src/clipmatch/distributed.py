@@ -45,6 +45,7 @@ from clipmatch.lancestore import LanceStore
 from clipmatch.photo import Stamp
 from clipmatch.preprocess import plain_reason
 from clipmatch.remote import is_remote, list_files, status_of
+from clipmatch.runtime import usable_cores
 from clipmatch.storage import is_lance
 from clipmatch.store import Filter, Root, check_model
 from clipmatch.tablefiles import SUFFIX as PARQUET
@@ -99,14 +100,14 @@ def update(
         known = store.roots() if not roots else [root for root in store.roots() if root.path in roots]
         if not known:
             raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR --engine ray")
-        with connected(address):
+        with connected(address, workers):
             summary = Job(store, embedder, model, device, workers, progress).run(known)
         store.tidy()
     return summary
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, workers: int | None = None) -> Iterator[None]:
     """Within it Ray is connected to a cluster, or to one that is started here. Raises ClipmatchError if it can't be."""
     warnings.filterwarnings("ignore", category=UserWarning, module="ray")
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn")  # the one way yet to place actors anew
@@ -120,7 +121,9 @@ def connected(address: str | None) -> Iterator[None]:
             host, _, port = address.rpartition(":")
             with socket.create_connection((host, int(port)), PATIENCE):  # Ray itself would try for minutes
                 pass
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
+        # Started here it has a core more than work: workers that have all would leave none to those who read.
+        cores = None if address else max(usable_cores(), workers or 0) + 1
+        ray.init(address or "local", num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClipmatchError(f"There is no Ray cluster at {address} ({reason_of(error)}).") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -157,6 +160,7 @@ class Job:
                 while part := list(islice(listed, LISTED)):
                     bar.total = bar.n + len(part)
                     seen.append(self.embed(part, summary, bar))
+                    self.store.tidy()  # rows that no index knows yet are looked at one by one
             self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
         return summary
 
