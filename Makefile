@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo browser test lint bench notebook clean
+.PHONY: setup demo browser test test-cluster lint bench notebook clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,22 @@ browser:
 test: setup browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# An index beyond one machine: the store in Lance tables, an S3 server, a Ray cluster of two nodes that loses one.
+# The server's packages don't get along with all of ours, so it has an environment of its own.
+MOTO := .venv-moto
+CLUSTER := $(VENV)/.distributed
+
+test-cluster: $(CLUSTER)
+	CLIPMATCH_MOTO=$(MOTO)/bin/moto_server $(BIN)/python -m pytest tests/test_lance_cluster.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -k lance tests/test_lancestore.py tests/test_index.py \
+		tests/test_teaching.py tests/test_search.py
+
+$(CLUSTER): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[distributed]"
+	$(PYTHON) -m venv $(MOTO)
+	$(MOTO)/bin/python -m pip install --quiet "moto[server,s3]==5.2.1"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +72,4 @@ notebook: setup
 	$(BIN)/jupyter lab build_model.ipynb
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MOTO)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from common import in_turns, machine, machine_line, ratio, run, table, timed, write_json
 
-from clipmatch import approximate, search
+from clipmatch import approximate, collection, search
 from clipmatch.data import load_captions, split_captions
 from clipmatch.embedder import load_model
 from clipmatch.index import Index, name_of
@@ -240,11 +240,11 @@ def memory_of(path, texts, folder):
 
 STAGES = {
     "embed the sentence": (Query, "vectors"),
-    "find candidates": (search, "narrowed"),
+    "find candidates": (collection, "narrow"),
     "weigh candidates": (search, "rank_narrowed"),
     "compare and weigh all rows": (search, "rank"),
     "stack near-duplicates": (search, "arrange"),
-    "look up photographs": (search, "match_of"),
+    "look up photographs": (search, "matches_of"),
 }
 
 

@@ -35,6 +35,14 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(params=["sqlite", "lance"])
+def kind(request):
+    """The suffix of an index: what holds of one kind of store holds of the other."""
+    if request.param == "lance":
+        pytest.importorskip("lancedb", reason="the extra `distributed` is not installed; make test-cluster has it")
+    return request.param
+
+
 @pytest.fixture
 def photos(tmp_path):
     """red.png, sub/green.png, sub/blue.png, and an orange one that is a little green."""

@@ -107,9 +107,9 @@ def test_an_image_that_is_near_to_everything_comes_later(tmp_path):
 
 
 @pytest.fixture
-def index(photos, tmp_path):
+def index(kind, photos, tmp_path):
     """The four pictures, indexed."""
-    with Index.open(tmp_path / "photos.sqlite", ColourEmbedder()) as opened:
+    with Index.open(tmp_path / f"photos.{kind}", ColourEmbedder()) as opened:
         opened.update([photos], progress=False)
         yield opened
 

@@ -112,8 +112,8 @@ def colours(tmp_path):
 
 
 @pytest.fixture
-def index(tmp_path, colours):
-    with Index.open(tmp_path / "photos.sqlite", ColourEmbedder()) as opened:
+def index(kind, tmp_path, colours):
+    with Index.open(tmp_path / f"photos.{kind}", ColourEmbedder()) as opened:
         opened.update([colours], progress=False)
         yield opened
 

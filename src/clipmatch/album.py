@@ -133,7 +133,7 @@ def export_gallery(
         gallery = index.gallery()
         if where:
             gallery = gallery.part(gallery.places(index.store.numbers(where)))
-        photos = [index.store.photo(int(number)) for number in gallery.numbers]
+        photos = index.store.photos_of(gallery.numbers.tolist())
         hashes, rows = index.store.hashes(gallery.numbers), gallery.rows[:]
         places = [root.path for root in index.store.roots()]
     if not photos:

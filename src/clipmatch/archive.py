@@ -1,4 +1,5 @@
 """Pictures inside tar archives, read where they lie: `shards/00000.tar/000001.jpg` is a member of `shards/00000.tar`.
+Those in rows of Parquet files (tablefiles.py) likewise.
 
 In: paths. Out: open files, bytes, and what an archive holds. A path that leads into no archive is an ordinary file.
 Knows nothing of captions or models. Nothing is unpacked: a member is found by its offset, which is looked up in a table
@@ -17,6 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from clipmatch.imageformats import SUFFIXES
+from clipmatch.remote import is_remote, open_raw, read_whole, status_of
+from clipmatch.tablefiles import SUFFIX as PARQUET
+from clipmatch.tablefiles import read_row, row_names
 
 TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
 BLOCK = 512  # bytes, of a header
@@ -42,15 +46,17 @@ class Contents:
 
 def open_file(path: Path) -> IO[bytes]:
     """An ordinary file, or a member of an archive, open for reading. Raises OSError."""
-    return path.open("rb") if locate(path) is None else io.BytesIO(read_bytes(path))
+    return path.open("rb") if locate(path) is None and not is_remote(path) else io.BytesIO(read_bytes(path))
 
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
     inside = locate(path)
     if inside is None:
-        return path.read_bytes()
+        return read_whole(path) if is_remote(path) else path.read_bytes()
     archive, name = inside
+    if archive.suffix.lower() == PARQUET:
+        return read_row(archive, name)
     place = table(archive).get(name)
     if place is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -59,7 +65,7 @@ def read_bytes(path: Path) -> bytes:
 
 def read_at(archive: Path, offset: int, size: int) -> bytes:
     """Bytes of a file from an offset on. Raises OSError if it ends before."""
-    with archive.open("rb") as file:
+    with open_raw(archive) as file:
         file.seek(offset)
         data = file.read(size)
     if len(data) != size:
@@ -70,23 +76,27 @@ def read_at(archive: Path, offset: int, size: int) -> bytes:
 def is_file(path: Path) -> bool:
     """Whether a path is an ordinary file or a picture in an archive. Raises OSError or ValueError on odd names."""
     inside = locate(path)
-    return path.is_file() if inside is None else inside[0].is_file() and inside[1] in table(inside[0])
+    if inside is None:
+        return path.is_file()
+    archive, name = inside
+    return archive.is_file() and name in (row_names(archive) if archive.suffix.lower() == PARQUET else table(archive))
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
     """A path that leads into an archive -> the archive and the member's name; None for every other."""
-    if ".tar" not in str(path).lower():  # asked of every picture
+    named = str(path).lower()
+    if ".tar" not in named and PARQUET not in named:  # asked of every picture
         return None
     for parent in path.parents:
-        if parent.suffix.lower() == ".tar" and not parent.is_dir():
+        if parent.suffix.lower() in (".tar", PARQUET) and (is_remote(parent) or not parent.is_dir()):
             return parent, path.relative_to(parent).as_posix()
     return None
 
 
 def table(archive: Path) -> dict[str, tuple[int, int]]:
     """The pictures of an archive: name -> offset and size. Read again when the archive has changed."""
-    status = archive.stat()
-    return _table(str(archive), status.st_mtime_ns, status.st_size)
+    size, modified = status_of(archive)
+    return _table(str(archive), modified, size)
 
 
 @lru_cache(maxsize=TABLES)
@@ -100,15 +110,15 @@ def _table(archive: str, modified: int, size: int) -> dict[str, tuple[int, int]]
 
 def contents(archive: Path) -> Contents:
     """What an archive holds, by its headers. Raises OSError if it can't be opened."""
-    status = archive.stat()
-    return _contents(str(archive), status.st_mtime_ns, status.st_size)
+    size, modified = status_of(archive)
+    return _contents(str(archive), modified, size)
 
 
 @lru_cache(maxsize=1)  # the table is made right after the captions were read
 def _contents(archive: str, modified: int, size: int) -> Contents:
     members, end, problem = [], 0, None
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with open_raw(Path(archive)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 end = info.offset_data + info.size
                 if info.isreg() and not info.issparse() and end <= size:
@@ -125,13 +135,13 @@ def _contents(archive: str, modified: int, size: int) -> Contents:
 
 def compression(file: Path) -> str | None:
     """What has compressed a file, by its first bytes; None for a file as it is. Raises OSError."""
-    with file.open("rb") as opened:
+    with open_raw(file) as opened:
         head = opened.read(8)
     return next((kind for start, kind in COMPRESSED.items() if head.startswith(start)), None)
 
 
 def ends_well(archive: str, end: int) -> bool:
     """Whether a block of zeros follows: after a damaged header `tarfile` stops as if it were the end."""
-    with Path(archive).open("rb") as file:
+    with open_raw(Path(archive)) as file:
         file.seek(end)
         return file.read(BLOCK) == bytes(BLOCK)

@@ -21,6 +21,7 @@ HOMES = {  # in the order of use: command -> its module, and its name there
     "index": ("cli_photos", "index_command"),
     "find": ("cli_photos", "find_command"),
     "duplicates": ("cli_photos", "duplicates_command"),
+    "store": ("cli_store", "store_group"),
     "serve": ("cli_serve", "serve_command"),
     "export-gallery": ("cli_gallery", "export_gallery_command"),
     "teach": ("cli_concepts", "teach_command"),

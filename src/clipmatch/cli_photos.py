@@ -39,9 +39,12 @@ def model_option(command: Command) -> Command:
 
 
 def index_option(command: Command) -> Command:
-    """The option that names an index file."""
-    text = "Index file; CLIPMATCH_INDEX, or one in your data folder, if not given."
-    return click.option("--index", "index_file", metavar="FILE", help=text)(command)
+    """The option that names an index."""
+    text = (
+        "An SQLite file; at an address (s3://bucket/index) or in a folder that ends in .lance, Lance tables. "
+        "CLIPMATCH_INDEX, or a file in your data folder, if not given."
+    )
+    return click.option("--index", "--store", "index_file", metavar="PLACE", help=text)(command)
 
 
 @click.command("index")
@@ -64,6 +67,15 @@ def index_option(command: Command) -> Command:
     "--reembed", is_flag=True, help="Change the index over to --model; the old vectors answer until it is done."
 )
 @click.option("--status", is_flag=True, help="Only say what is in the index.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: on many machines, from object storage (s3://...), .tar and .parquet files too, into Lance tables.",
+)
+@click.option("--address", metavar="HOST:PORT", help="Ray cluster; one is started here for this run, if not given.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Of the Ray cluster; as many as it has room for.")
 @model_option
 @click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest if not given.")
 def index_command(
@@ -75,6 +87,9 @@ def index_command(
     remove: bool,
     reembed: bool,
     status: bool,
+    engine: str,
+    address: str | None,
+    workers: int | None,
     model: str | None,
     device: str | None,
 ) -> None:
@@ -97,6 +112,13 @@ def index_command(
         raise ClipmatchError("--remove needs the folders that are to be forgotten.")
     if (exclude or follow_links is not None) and not folders:
         raise ClipmatchError("--exclude and --follow-links belong to folders; name the folders too.")
+    if engine == "ray":
+        if chosen or watch or follow_links is not None:
+            raise ClipmatchError("--engine ray only brings an index up to date; leave out what does something else.")
+        index_by_ray(folders, index_file, exclude, model, device, address, workers)
+        return
+    if address or workers:
+        raise ClipmatchError("--address and --workers are of a Ray cluster; give --engine ray too.")
     if not chosen:
         check_folders(folders)
     embedder = load_model(model, device) if model or device else None
@@ -121,6 +143,33 @@ def index_command(
             report_update(index, folders, exclude or None, follow_links)
             if watch:
                 follow(index)
+
+
+def index_by_ray(
+    folders: Sequence[str],
+    place: str | None,
+    exclude: Sequence[str],
+    model: str | None,
+    device: str | None,
+    address: str | None,
+    workers: int | None,
+) -> None:
+    """Bring an index up to date on a Ray cluster, and say what has changed."""
+    from clipmatch.storage import default_index, open_store, place_of
+
+    try:
+        from clipmatch.distributed import update
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("clipmatch"):
+            raise
+        raise ClipmatchError(
+            f'--engine ray needs {error.name}; install it with: pip install "clipmatch[distributed]"'
+        ) from error
+    store = place_of(place or default_index())
+    summary = update(store, folders, exclude, model=model, device=device, address=address, workers=workers)
+    report_failures(summary.failures)
+    with open_store(store) as done:
+        click.echo(f"{summary}; {len(done)} photographs in the index")
 
 
 def report_update(
@@ -300,14 +349,14 @@ def find_command(query: tuple[str, ...], chosen: OutputOptions, **options: Any) 
 def opened(images: Sequence[str], file: str | None, embedder: Embedder | None) -> Iterator[Index]:
     """The index that is asked: that of --images, brought up to date, or the one that was made before."""
     from clipmatch.index import Index, open_folders
-    from clipmatch.store import default_index
+    from clipmatch.storage import default_index, exists
 
     if images:
         with open_folders(images, embedder) as (index, summary):
             report_failures(summary.failures)
             yield index
         return
-    if not file and not default_index().is_file():
+    if not file and not exists(default_index()):
         raise ClipmatchError(
             "There is no index yet: make one with clipmatch index DIR, or search a folder with --images DIR."
         )

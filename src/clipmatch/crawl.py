@@ -43,12 +43,15 @@ def list_images(folder: str | Path) -> list[Path]:
     return found
 
 
-def walk(folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = False) -> Iterator[Found | Failure]:
+def walk(
+    folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = False, also: tuple[str, ...] = ()
+) -> Iterator[Found | Failure]:
     """A folder -> its picture files, and a `Failure` for each folder that can't be read; a file stands for itself.
 
     Hidden files and folders are left out, and those whose name, or path below `folder`, fits a pattern of `exclude`
     (as in a shell: "*.gif", "Trash", "2019/raw"). A link to a folder is entered only with `follow_links`, and no folder
-    twice, and no gallery that clipmatch has exported. Raises ClipmatchError when the folder does not exist.
+    twice, and no gallery that clipmatch has exported. also: suffixes of files that are listed too.
+    Raises ClipmatchError when the folder does not exist.
     """
     root = Path(folder).expanduser().absolute()
     try:
@@ -77,7 +80,7 @@ def walk(folder: str | Path, exclude: Sequence[str] = (), follow_links: bool = F
                 continue
             if is_folder(entry, follow_links, entered):
                 below.append(Path(entry.path))
-            elif is_image_name(entry.name):
+            elif is_image_name(entry.name) or (also and entry.name.lower().endswith(also)):
                 yield look(entry, names)
         waiting += reversed(below)
 

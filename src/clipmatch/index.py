@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,19 +17,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.approximate import Approximate, Passing, approximate_file, build_approximate, open_approximate
+from clipmatch.approximate import approximate_file, build_approximate
 from clipmatch.calibration import Calibration
+from clipmatch.collection import Collection, DerivedFiles, open_collection
 from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
+from clipmatch.remote import address_of, is_remote
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
-from clipmatch.store import Filter, ModelName, Root, Store, check_model, default_index
+from clipmatch.storage import PhotoStore, default_index, open_store
+from clipmatch.store import Filter, ModelName, Root, check_model
 from clipmatch.teaching import OTHERS, Concept, learn, leave_one_out
-from clipmatch.vectors import DamagedVectors, Gallery, open_gallery, vectors_file
+from clipmatch.vectors import DamagedVectors, Gallery, vectors_file
 
 if TYPE_CHECKING:
     from clipmatch.ingest import Summary
@@ -37,17 +40,14 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 CONCEPTS = 1  # of the form in which concepts are exported
-FILTERS = 4  # whose places are remembered, for a page follows another
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """The derived files of an index, open. stamp: what they were at that time. passing: by filter."""
+    """What an index is searched by. stamp: what it was made of."""
 
     stamp: tuple[object, ...]
-    gallery: Gallery
-    near: Approximate | None
-    passing: dict[Filter, Passing] = field(default_factory=dict)
+    collection: Collection
 
 
 class Index:
@@ -61,7 +61,7 @@ class Index:
     Photographs and matches have a `row()` for tables: `pandas.DataFrame(photo.row() for photo in index)`.
     """
 
-    def __init__(self, store: Store, embedder: Callable[[], Embedder]):
+    def __init__(self, store: PhotoStore, embedder: Callable[[], Embedder]):
         self.store = store
         self._load = embedder
         self._embedder: Embedder | None = None
@@ -72,13 +72,14 @@ class Index:
     def open(
         cls, path: str | Path | None = None, model: str | Path | Embedder | None = None, create: bool = True
     ) -> Index:
-        """The index in a file.
+        """The index in a file; or at an address such as s3://bucket/index or in a folder that ends in .lance, where it
+        is of Lance tables (the extra `distributed`).
 
         model: a loaded one, or the name of one as for `load_model`; None: the one that filled the index, or for a new
         index the one that comes with clipmatch. It is loaded when it is first needed.
         Raises ClipmatchError when the file is no index, or there is none and `create` is False.
         """
-        store = Store.open(path or default_index(), create)
+        store = open_store(path or default_index(), create)
         bound = store.model
         if isinstance(model, str | Path) or model is None:
             name = str(model) if model else bound.name if bound else None
@@ -166,7 +167,7 @@ class Index:
         with self.store.snapshot():
             check_model(self.store, self.embedder)  # another process may have changed it
             known = self.with_concepts(query)
-            return self._use(lambda opened: self._search(opened, known, request))
+            return self._use(lambda seen: self._search(seen, known, request))
 
     def refine(self, query: Query | None, liked: Sequence[Path], disliked: Sequence[Path], request: Request) -> Matches:
         """The photographs that match a query as it is meant: more like some of the index, and less like others.
@@ -181,9 +182,9 @@ class Index:
             good, bad = (rows_in(self.store.rows_of(paths), self.embedder.dim) for paths in (liked, disliked))
             if not len(good) and (base is None or not len(bad)):
                 raise ClipmatchError("None of the photographs that were ticked is in the index now.")
-            row = self._use(lambda opened: learn(good, bad, some_rows(opened.gallery, self.embedder.dim), base))
+            row = learn(good, bad, self._sample(), base)
             meant = Query((Term(concept="refined", row=row),))
-            found = self._use(lambda opened: self._search(opened, meant, request))
+            found = self._use(lambda seen: self._search(seen, meant, request))
         found.query = str(query) if query else ""
         return found
 
@@ -204,7 +205,7 @@ class Index:
         with self.store.snapshot():
             check_model(self.store, self.embedder)
             known = self.store.rows_of([*files[0], *files[1]])
-            rest = self._use(lambda opened: some_rows(opened.gallery, self.embedder.dim))
+            rest = self._sample()
         if not len(rest) and not files[1]:
             raise ClipmatchError(
                 f"The index is empty, so nothing says what @{plain} is not; index your photographs first, or show some "
@@ -305,22 +306,12 @@ class Index:
             + (f" There {'are' if names[1:] else 'is'} {', '.join(names)}." if names else "")
         )
 
-    def _search(self, opened: Opened, query: Query, request: Request) -> Matches:
-        passing = self._passing(opened, request.where)
-        return search(self.store, opened.gallery, opened.near, passing, self.embedder, self.calibration, query, request)
+    def _sample(self) -> NDArray[np.float32]:
+        """Rows [r, d] that stand for all of the collection."""
+        return self._use(lambda seen: seen.sample(OTHERS)).reshape(-1, self.embedder.dim)
 
-    def _passing(self, opened: Opened, where: Filter) -> Passing | None:
-        """What passes a filter; None without one. The last filters' are remembered."""
-        if not where:
-            return None
-        found = opened.passing.get(where)
-        if found is None:
-            found = Passing(opened.gallery.places(self.store.numbers(where)))
-            with self._opening:
-                for oldest in list(opened.passing)[: 1 - FILTERS]:
-                    del opened.passing[oldest]
-                opened.passing[where] = found
-        return found
+    def _search(self, seen: Collection, query: Query, request: Request) -> Matches:
+        return search(self.store, seen, self.embedder, self.calibration, query, request)
 
     def remove(self, folder: str | Path) -> int:
         """Forget a folder with all its photographs -> how many there were. The files stay as they are.
@@ -344,14 +335,12 @@ class Index:
     def duplicates(self, where: Filter | None = None) -> list[list[Photo]]:
         """Groups of near-duplicates, the largest group first, in each the photograph with the most pixels first."""
         with self.store.snapshot():
-            found = self._use(lambda opened: self._groups(opened.gallery, where))
+            found = self._use(lambda seen: self._groups(seen.all_of(where or Filter())))
         return [sorted(group, key=pixels, reverse=True) for group in found]
 
-    def _groups(self, gallery: Gallery, where: Filter | None) -> list[list[Photo]]:
-        if where:
-            gallery = gallery.part(gallery.places(self.store.numbers(where)))
+    def _groups(self, gallery: Gallery) -> list[list[Photo]]:
         groups = group_near(gallery.rows, self.store.hashes(gallery.numbers))
-        return [[self.store.photo(int(gallery.numbers[place])) for place in group] for group in groups]
+        return [self.store.photos_of(gallery.numbers[group].tolist()) for group in groups]
 
     def reembed(self, model: str | Path | Embedder | None = None, progress: bool = True) -> Summary:
         """Change over to another model; None: the one that comes with clipmatch.
@@ -375,32 +364,37 @@ class Index:
 
     def gallery(self) -> Gallery:
         """What is searched, as it is now."""
-        return self._open().gallery
+        return self._open().all_of(Filter())
 
     def derive(self) -> bool:
-        """Make the files that searches are quicker with -> whether all that this many rows need are there."""
+        """Make what searches are quicker with -> whether all that this many rows need is there."""
+        self.store.tidy()
         with self.store.snapshot():
             check_model(self.store, self.embedder)
-            return self._use(lambda opened: build_approximate(self.store.path, self.store.content, opened.gallery))
+            return self._use(self._build)
 
-    def _open(self) -> Opened:
-        """The derived files, opened once for as long as the store and they stay as they are."""
-        path, calibration = self.store.path, self.calibration
+    def _build(self, seen: Collection) -> bool:
+        if not isinstance(seen, DerivedFiles):
+            return True
+        return build_approximate(self.store.derived, self.store.content, seen.gallery)
+
+    def _open(self) -> Collection:
+        """What is searched, opened once for as long as the store and its derived files stay as they are."""
+        calibration = self.calibration
         with self._opening:
             if self._opened is None or self._opened.stamp != self._stamp():
                 self._opened = None  # lets go of the old files first
-                gallery = open_gallery(self.store, calibration)
-                near = open_approximate(path, self.store.content, gallery)
-                self._opened = Opened(self._stamp(), gallery, near)
-            return self._opened
+                collection = open_collection(self.store, calibration)
+                self._opened = Opened(self._stamp(), collection)
+            return self._opened.collection
 
     def _stamp(self) -> tuple[object, ...]:
         """What changes when something else should be opened."""
-        path, content = self.store.path, self.store.content
+        path, content = self.store.derived, self.store.content
         return content, self.calibration, stamp_of(vectors_file(path)), stamp_of(approximate_file(path, content))
 
-    def _use(self, ask: Callable[[Opened], Answer]) -> Answer:
-        """Ask the derived files; once more if one turns out to be damaged, for it is made anew then."""
+    def _use(self, ask: Callable[[Collection], Answer]) -> Answer:
+        """Ask what is searched; once more if one turns out to be damaged, for it is made anew then."""
         try:
             return ask(self._open())
         except DamagedVectors:
@@ -424,17 +418,11 @@ def rows_in(rows: Mapping[Path, NDArray[np.float32]], dim: int) -> NDArray[np.fl
     return np.stack(list(rows.values())) if rows else np.empty((0, dim), np.float32)
 
 
-def some_rows(gallery: Gallery, dim: int) -> NDArray[np.float32]:
-    """Rows [r, d] of a collection, drawn at random but always the same, that stand for all of it."""
-    if not len(gallery):
-        return np.empty((0, dim), np.float32)
-    places = np.random.default_rng(0).choice(len(gallery), min(OTHERS, len(gallery)), replace=False)
-    return gallery.rows[np.sort(places)]
-
-
 def check_folders(folders: Sequence[str | Path]) -> None:
     """Raise ClipmatchError if one of them does not exist."""
     for folder in map(absolute, folders):
+        if is_remote(folder):
+            raise ClipmatchError(f"{address_of(folder)} is on object storage; index it with --engine ray.")
         if not folder.exists():
             raise ClipmatchError(f"The image folder {folder} does not exist; check its name.")
 
@@ -526,7 +514,9 @@ def find_matches(
 
 
 def absolute(path: str | Path) -> Path:
-    """A path as the index keeps it; a link stays a link."""
+    """A path as the index keeps it; a link stays a link, an address becomes what `pathlib` makes of it."""
+    if is_remote(path):
+        return Path(path)
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - which `resolve` would follow
 
 

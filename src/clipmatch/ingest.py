@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from clipmatch.archive import open_file
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
@@ -31,7 +32,8 @@ from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.runtime import usable_cores
-from clipmatch.store import ModelName, Root, Store, check_model
+from clipmatch.storage import PhotoStore
+from clipmatch.store import ModelName, Root, check_model
 
 BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
@@ -62,7 +64,7 @@ class Summary:
 
 
 def update(
-    store: Store, embedder: Embedder, roots: Sequence[Root], progress: bool = True, keep_empty: bool = True
+    store: PhotoStore, embedder: Embedder, roots: Sequence[Root], progress: bool = True, keep_empty: bool = True
 ) -> Summary:
     """Make the store what the folders are now.
 
@@ -73,8 +75,24 @@ def update(
     check_model(store, embedder)
     summary = Summary()
     there = compare(store, roots, summary, keep_empty)
+    take_in(store, embedder, there, summary, progress)
+    summary.removed += len(there.gone) - summary.moved
+    if there.gone or there.mended:
+        store.delete([*there.gone, *there.mended])
+    return summary
+
+
+def take_in(
+    store: PhotoStore,
+    embedder: Embedder,
+    there: Comparison,
+    summary: Summary,
+    progress: bool,
+    batch: int | None = None,
+) -> None:
+    """Embed and store what is new or changed, `batch` files to a commit, and count it."""
     left = Counter(there.gone.values())  # contents that a moved file can bring back
-    for photos, failures in ingest(store, embedder, there.fresh, progress):
+    for photos, failures in ingest(store, embedder, there.fresh, progress, batch):
         for photo in photos:
             if photo.path in there.known:
                 summary.changed += 1
@@ -84,13 +102,9 @@ def update(
             else:
                 summary.added += 1
         summary.failures += failures
-    summary.removed += len(there.gone) - summary.moved
-    if there.gone or there.mended:
-        store.delete([*there.gone, *there.mended])
-    return summary
 
 
-def reembed(store: Store, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
+def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bool = True) -> Summary:
     """Give every content a vector by another model, then bind the store to it; what is there already is kept.
 
     Raises ClipmatchError, and leaves the store with its model, when photographs can't be read that were never found to
@@ -134,7 +148,7 @@ class Comparison:
     mended: set[Path] = field(default_factory=set)
 
 
-def compare(store: Store, roots: Sequence[Root], summary: Summary, keep_empty: bool) -> Comparison:
+def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_empty: bool) -> Comparison:
     """Look at every file below the roots once; count the unchanged, and report what failed before and still would."""
     found = Comparison()
     seen: set[Path] = set()
@@ -185,9 +199,9 @@ def sort_out(
         found.fresh.append(item)
 
 
-def digests_of(store: Store, paths: set[Path]) -> dict[Path, str]:
+def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
     """The contents of photographs in the store."""
-    return {photo.path: photo.digest for _, photo in store.photos() if photo.path in paths} if paths else {}
+    return {photo.path: photo.digest for photo in store.photos_of(store.numbers_of(paths).values())}
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,7 @@ class Batch:
 
 
 def ingest(
-    store: Store, embedder: Embedder, files: Sequence[Found], progress: bool
+    store: PhotoStore, embedder: Embedder, files: Sequence[Found], progress: bool, batch: int | None = None
 ) -> Iterator[tuple[list[Photo], list[Failure]]]:
     """Hash, embed where needed, and store files -> photographs and failures, a batch at a time, in order."""
     under_way: dict[str, str] = {}  # contents in batches not yet stored, and why those can't be used that just failed
@@ -216,16 +230,17 @@ def ingest(
         paths = list(batch.first.values())
         return batch, embedder.embed_images(paths, progress=False, read=batch.looks.read)
 
-    batches = (prepare(store, embedder.fingerprint, part, under_way) for part in groups(files))
+    batches = (prepare(store, embedder.fingerprint, part, under_way) for part in groups(files, batch))
     with counter(len(files), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
-        for batch, done in in_order(embed, batches, pool, UNDER_WAY):
-            yield keep(store, embedder.fingerprint, batch, done, under_way)
-            bar.update(len(batch.stamps))
+        for hashed, done in in_order(embed, batches, pool, UNDER_WAY):
+            yield keep(store, embedder.fingerprint, hashed, done, under_way)
+            bar.update(len(hashed.stamps))
 
 
-def groups(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """A sequence, `BATCH` at a time."""
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+def groups(items: Sequence[T], size: int | None = None) -> Iterator[Sequence[T]]:
+    """A sequence, `size` at a time; `BATCH`, if not given."""
+    size = size or BATCH
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def counter(total: int, progress: bool) -> tqdm[Any]:
@@ -233,7 +248,7 @@ def counter(total: int, progress: bool) -> tqdm[Any]:
     return tqdm(total=total, desc="photographs", unit="img", disable=not progress or total < SHOWN)
 
 
-def prepare(store: Store, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
+def prepare(store: PhotoStore, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
     """Hash files, and see which of their contents have to be embedded."""
     stamps = {item.path: item.stamp for item in files}
     digests, unread = hash_files(list(stamps))
@@ -247,7 +262,7 @@ def prepare(store: Store, model: str, files: Sequence[Found], under_way: dict[st
 
 
 def keep(
-    store: Store, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
+    store: PhotoStore, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
 ) -> tuple[list[Photo], list[Failure]]:
     """Store a batch that has been embedded -> its photographs and failures."""
     pairs = zip(done.paths, done.rows, strict=True)
@@ -321,7 +336,7 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
     def digest(path: Path) -> str | Failure:
         sha = hashlib.sha256()
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(READ):
                     sha.update(block)
         except OSError as error:

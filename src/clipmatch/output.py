@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.remote import address_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +111,7 @@ def print_matches(matches: Sequence[Match], chosen: OutputOptions, first: int = 
             click.echo(as_json(match.row()))
     elif chosen.paths or chosen.print0:
         end = b"\0" if chosen.print0 else b"\n"
-        click.echo(b"".join(os.fsencode(match.path) + end for match in matches), nl=False)
+        click.echo(b"".join(os.fsencode(address_of(match.path)) + end for match in matches), nl=False)
     elif chosen.thumbnails and matches:
         print_thumbnails(matches, first)
     elif matches:
@@ -139,7 +140,7 @@ def score_columns(match: Match) -> str:
 
 def printable(path: Any) -> str:
     """A path on one line: line breaks, control characters and stray bytes of a name as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in address_of(path))
 
 
 def report_failures(failures: Sequence[Failure]) -> None:

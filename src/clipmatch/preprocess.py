@@ -26,6 +26,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
 from clipmatch.metadata import orientation_of, read_metadata
 from clipmatch.photo import Metadata
+from clipmatch.remote import is_remote
 from clipmatch.tokenizer import as_tensor
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
 
 def check_file(path: Path) -> None:
     """Raise `ImageError` for what can be told without opening; opening a named pipe would wait for ever."""
-    if locate(path) is not None:  # in an archive there is nothing of the kind
+    if locate(path) is not None or is_remote(path):  # there is nothing of the kind
         return
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):

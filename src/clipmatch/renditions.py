@@ -15,9 +15,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from clipmatch.archive import locate
 from clipmatch.atomic import atomic_file
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError, load_image, plain_reason
+from clipmatch.remote import is_remote, status_of
 from clipmatch.runtime import cache_folder
 
 DAY = 86_400  # seconds
@@ -56,6 +58,10 @@ FULL = Kind("full", (4096, 4096), "jpeg", (("quality", 90),))
 def is_unchanged(photo: Photo) -> bool:
     """Whether the file is the one that was indexed. Raises ImageError if it is gone or no file any more."""
     try:
+        if is_remote(photo.path) or locate(photo.path):
+            inside = locate(photo.path)
+            size, modified = status_of(inside[0] if inside else photo.path)
+            return modified == photo.stamp.mtime and (inside is not None or size == photo.stamp.size)
         status = photo.path.stat()
     except (OSError, ValueError) as error:
         raise ImageError(photo.path, plain_reason(error)) from error

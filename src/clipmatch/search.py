@@ -1,29 +1,31 @@
 """A query against a gallery -> the photographs that match it, best first.
 
-In: a `Gallery` with its store, a `Query`, a model. Out: `Match` rows, which draw themselves as a grid in a notebook.
+In: a `Collection` with its store, a `Query`, a model. Out: `Match` rows, which draw themselves as a grid in a notebook.
 Knows nothing of folders on disk or of training. Shapes: n photographs, d numbers a row, t terms of the query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.approximate import Approximate, Passing
 from clipmatch.calibration import Calibration
+from clipmatch.collection import Collection, Narrowed
 from clipmatch.duplicates import stack_places
 from clipmatch.embedder import Embedder
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.photo import Photo
 from clipmatch.query import Query
-from clipmatch.store import Filter, Store
-from clipmatch.vectors import Gallery, are_among
+from clipmatch.storage import PhotoStore
+from clipmatch.store import Filter
+from clipmatch.vectors import Gallery
 
 Stacking: TypeAlias = Literal["show", "stack", "hide"]
 Order: TypeAlias = Callable[[int], NDArray[np.int64]]  # at most so many places, best first
@@ -138,10 +140,8 @@ class Ranking:
 
 
 def search(
-    store: Store,
-    gallery: Gallery,
-    near: Approximate | None,
-    passing: Passing | None,
+    store: PhotoStore,
+    collection: Collection,
     embedder: Embedder,
     calibration: Calibration | None,
     query: Query,
@@ -149,26 +149,24 @@ def search(
 ) -> Matches:
     """The photographs of an index that match a query best.
 
-    near: knows which of a very large gallery to compare. passing: what passes the request's filter; None
-    without one.
     Raises ClipmatchError when confidence or exclusion is asked of a model that is not calibrated.
     """
     need_calibration(calibration, query, request)
-    searched = len(gallery) if passing is None else len(passing.places)
+    searched = collection.count(request.where)
     if not searched:
         return Matches(str(query), [])
     rows = query.vectors(embedder)
     named = np.array(store.named(query.text, WORDS) if request.hybrid and query.text else [], np.int64)
-    few = passing is not None and passing.are_few
-    if near and not few and not query.is_mixed and searched > candidates(request):
-        narrow = narrowed(gallery, near, sum_of_terms(query, rows), passing, named, request)
+    targets = rows if query.is_mixed else sum_of_terms(query, rows)[None]
+    narrow = collection.narrowed(targets, request.where, named, candidates(request))
+    if narrow is not None:
         gallery, ranking = narrow.gallery, rank_narrowed(narrow, rows, query, calibration, searched, request)
     else:
-        gallery = gallery if passing is None else passing.part_of(gallery)
+        gallery = collection.all_of(request.where)
         ranking = rank(gallery, rows, query, calibration)
     shown = ~permitted(gallery, embedder, calibration, request.exclude)
     vetoed = int(np.count_nonzero(shown))
-    best = [match_of(store, gallery, ranking, place) for place in ranking.best(1, ~shown)[:, None]]
+    best = list(ranking.best(1, ~shown)[:, None])
     among = ~shown
     if request.min_confidence is not None and ranking.confidences is not None:
         among &= ranking.confidences >= request.min_confidence
@@ -176,45 +174,14 @@ def search(
     if len(named):
         places = gallery.places(named)
         order = order_of(fuse(order(len(gallery)), places[among[places]]))
-    found = [match_of(store, gallery, ranking, stack) for stack in arrange(store, gallery, order, request)]
-    return Matches(str(query), found, best=best[0] if best else None, searched=searched, vetoed=vetoed)
-
-
-@dataclass(frozen=True, eq=False)
-class Narrowed:
-    """Of a very large gallery: what is worth looking at, with rough cosines [n], and a sample of the rest."""
-
-    gallery: Gallery
-    rough: NDArray[np.float32]
-    rest: Gallery
+    found = matches_of(store, gallery, ranking, best + arrange(store, gallery, order, request))
+    top = found[0] if best else None
+    return Matches(str(query), found[len(best) :], best=top, searched=searched, vetoed=vetoed)
 
 
 def candidates(request: Request) -> int:
     """How many rows of a very large gallery are worth looking at."""
     return max(CANDIDATES, request.page * request.top_k * POOL)
-
-
-def narrowed(
-    gallery: Gallery,
-    near: Approximate,
-    row: NDArray[np.float32],
-    passing: Passing | None,
-    named: NDArray[np.int64],
-    request: Request,
-) -> Narrowed:
-    """What is probably nearest of the places that pass a filter, and the photographs with these numbers."""
-    places, cosines = near.nearest(row, candidates(request), passing)
-    if len(named):
-        others = np.setdiff1d(gallery.places(named), places)
-        if passing is not None:
-            others = others[are_among(others, passing.places)]
-        places = np.concatenate([places, others])
-        order = np.argsort(places)
-        places, cosines = places[order], np.concatenate([cosines, gallery.rows[others] @ row])[order]
-    left = ~are_among(near.drawn, places)
-    if passing is not None:
-        left &= are_among(near.drawn, passing.places)
-    return Narrowed(gallery.part(places), cosines, near.sample.part(np.flatnonzero(left)))
 
 
 def need_calibration(calibration: Calibration | None, query: Query, request: Request) -> None:
@@ -236,16 +203,20 @@ def rank(gallery: Gallery, rows: NDArray[np.float32], query: Query, calibration:
     example, so where both occur each term's are standardised over the gallery first.
     """
     if query.is_mixed:
-        weights = query.weights
-        cosines = gallery.rows.cosines(rows)  # [n, t]
-        spread = np.maximum(cosines.std(axis=0), 1e-6)
-        return Ranking((cosines - cosines.mean(axis=0)) / spread @ (weights / weights.sum()), None)
+        cosines = gallery.rows.cosines(rows)
+        return rank_mixed(cosines, cosines, query)
     row = sum_of_terms(query, rows)
     scores = gallery.rows.cosines(row)
     if calibration is None or gallery.background is None or not query.is_text:
         return Ranking(scores, None)
     evidence = calibration.evidence(row)(scores, gallery.background)
     return Ranking(scores, calibration.choose(evidence, gallery.rows, len(gallery)))
+
+
+def rank_mixed(cosines: NDArray[np.float32], all_cosines: NDArray[np.float32], query: Query) -> Ranking:
+    """Cosines [n, t] with each term, standardised by what is usual among all [m, t], and added up by weight."""
+    spread = np.maximum(all_cosines.std(axis=0), 1e-6)
+    return Ranking((cosines - all_cosines.mean(axis=0)) / spread @ (query.weights / query.weights.sum()), None)
 
 
 def rank_narrowed(
@@ -257,6 +228,8 @@ def rank_narrowed(
     request: Request,
 ) -> Ranking:
     """The same for what was narrowed from `searched` photographs, whose best are compared exactly."""
+    if query.is_mixed:
+        return rank_mixed(narrow.gallery.rows.cosines(rows), narrow.rest.rows.cosines(rows), query)
     gallery, row = narrow.gallery, sum_of_terms(query, rows)
     most = EXACT + request.page * request.top_k * POOL
     if calibration is None or gallery.background is None or narrow.rest.background is None or not query.is_text:
@@ -311,7 +284,7 @@ def order_of(places: NDArray[np.int64]) -> Order:
     return lambda most: places[:most]
 
 
-def arrange(store: Store, gallery: Gallery, order: Order, request: Request) -> list[NDArray[np.int64]]:
+def arrange(store: PhotoStore, gallery: Gallery, order: Order, request: Request) -> list[NDArray[np.int64]]:
     """The order of the places -> those of the page that is asked for, each with the near-duplicates below it.
 
     Whatever the pages' size, one page goes on where the one before has ended.
@@ -332,7 +305,7 @@ def arrange(store: Store, gallery: Gallery, order: Order, request: Request) -> l
     return stacks[most - request.top_k : most]
 
 
-def make_stacks(store: Store, gallery: Gallery, order: Order, most: int) -> list[NDArray[np.int64]]:
+def make_stacks(store: PhotoStore, gallery: Gallery, order: Order, most: int) -> list[NDArray[np.int64]]:
     """The order of the places -> `most` stacks of near-duplicates, or as many as there are."""
     size = most * POOL
     while True:
@@ -364,10 +337,17 @@ def diversify(rows: NDArray[np.float32]) -> list[int]:
     return chosen
 
 
-def match_of(store: Store, gallery: Gallery, ranking: Ranking, stack: Iterable[int]) -> Match:
-    """Places of a stack, best first -> its match."""
-    place, *below = (int(at) for at in stack)
-    photo = store.photo(int(gallery.numbers[place]))
+def matches_of(
+    store: PhotoStore, gallery: Gallery, ranking: Ranking, stacks: Sequence[NDArray[np.int64]]
+) -> list[Match]:
+    """Stacks of places, in each the best first -> their matches, their photographs looked up together."""
+    numbers = gallery.numbers[np.concatenate(stacks)].tolist() if stacks else []
+    photos = iter(store.photos_of(numbers))
+    return [match_of(ranking, int(stack[0]), list(islice(photos, len(stack)))) for stack in stacks]
+
+
+def match_of(ranking: Ranking, place: int, photos: Sequence[Photo]) -> Match:
+    """The place of the best photograph of a stack, and all of them -> the match."""
     confidence = None if ranking.confidences is None else float(ranking.confidences[place])
-    others = tuple(store.photo(int(gallery.numbers[other])).path for other in below)
-    return Match(photo.path, float(ranking.scores[place]), confidence, photo, others)
+    photo, *below = photos
+    return Match(photo.path, float(ranking.scores[place]), confidence, photo, tuple(other.path for other in below))

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from clipmatch.archive import locate
 from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.prompts import parse_prompts
@@ -40,6 +41,7 @@ from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, Term, terms_of
+from clipmatch.remote import is_remote
 from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, forget_unwanted, is_unchanged, render
 from clipmatch.runtime import usable_cores
 from clipmatch.studio import Studio, file_of
@@ -81,7 +83,7 @@ GONE = 404
 class Desk:
     """An index and the one thread that asks it."""
 
-    def __init__(self, path: Path, embedder: Embedder):
+    def __init__(self, path: Path | str, embedder: Embedder):
         self._path, self._embedder = path, embedder
         self._thread = ThreadPoolExecutor(1, "index")
         self._index: Index | None = None
@@ -111,7 +113,7 @@ class Desk:
 class Service:
     """What the endpoints share: two desks, the model, and turns for what keeps a core busy."""
 
-    def __init__(self, path: Path, embedder: Embedder, studio: Studio | None):
+    def __init__(self, path: Path | str, embedder: Embedder, studio: Studio | None):
         self.embedder, self.studio = embedder, studio
         self.desk, self.back = Desk(path, embedder), Desk(path, embedder)
         self.turns = asyncio.Semaphore(usable_cores())
@@ -277,8 +279,9 @@ async def browse(listing: Listing, service: Shared) -> Answer:
         where = listing.where.filter(root_paths(index))
         with index.store.snapshot():
             numbers = index.store.newest(where, listing.size, (listing.page - 1) * listing.size)
-            rows = [MatchRow(**photo_values(number, index.store.photo(number))) for number in numbers]
-            count = len(index.store.numbers(where)) if where else len(index)
+            photos = zip(numbers, index.store.photos_of(numbers), strict=True)
+            rows = [MatchRow(**photo_values(number, photo)) for number, photo in photos]
+            count = index.store.count(where)
         more = listing.page * listing.size < count
         return Answer(matches=rows, best=None, searched=count, vetoed=0, more=more)
 
@@ -346,8 +349,8 @@ async def duplicates(service: Shared) -> list[list[PhotoRow]]:
 
     def ask(index: Index) -> list[list[PhotoRow]]:
         groups = index.duplicates()[:GROUPS]
-        listed = [[photo_row(number_of(index, photo.path), photo) for photo in group] for group in groups]
-        return listed
+        numbers = index.store.numbers_of(photo.path for group in groups for photo in group)
+        return [[photo_row(numbers[photo.path], photo) for photo in group] for group in groups]
 
     return await service.back.ask(ask)
 
@@ -384,7 +387,8 @@ async def full(number: Number, service: Shared, request: Request) -> Response:
     """The photograph: the file itself, or a JPEG of it if browsers don't know its format."""
     found = await service.desk.ask(lambda index: index.store.photo(number))
     media_type = SHOWN.get(found.path.suffix.lower())
-    if media_type is not None and await asyncio.to_thread(is_unchanged, found):
+    here = locate(found.path) is None and not is_remote(found.path)
+    if media_type is not None and here and await asyncio.to_thread(is_unchanged, found):
         return FileResponse(found.path, media_type=media_type, headers=freshness(found, "file", True, request))
     return await picture(service, found, FULL, request)
 
@@ -494,21 +498,13 @@ def root_paths(index: Index) -> list[Path]:
 
 def paths_of(index: Index, numbers: list[int]) -> list[Path]:
     """The files of photographs."""
-    return [index.store.photo(number).path for number in numbers]
-
-
-def number_of(index: Index, path: Path) -> int:
-    """The number of a photograph. Raises KeyError if it has just left."""
-    number = index.store.number(path)
-    if number is None:
-        raise KeyError(printable(path))
-    return number
+    return [photo.path for photo in index.store.photos_of(numbers)]
 
 
 def concept_row(index: Index, concept: Any) -> ConceptRow:
     """A concept, with the first of its examples that is still there."""
-    numbers = (index.store.number(path) for path in concept.examples)
-    number = next((number for number in numbers if number is not None), None)
+    numbers = index.store.numbers_of(concept.examples)
+    number = next((numbers[path] for path in concept.examples if path in numbers), None)
     return ConceptRow(
         name=concept.name,
         precision=concept.precision,

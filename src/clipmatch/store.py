@@ -31,7 +31,9 @@ from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
+    from clipmatch.calibration import Calibration
     from clipmatch.embedder import Embedder
+    from clipmatch.storage import PhotoStore
 
 # Each entry takes a file from the version of its place to the next; a released one is never edited.
 UPGRADES = (
@@ -72,14 +74,6 @@ UPGRADES = (
 )
 PATIENCE = 30  # seconds that a transaction waits for another process's
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
-
-
-def default_index() -> Path:
-    """Where the index lies that no one has named: CLIPMATCH_INDEX, or the system's place for a person's data."""
-    from platformdirs import user_data_path
-
-    path = Path(os.environ.get("CLIPMATCH_INDEX") or user_data_path("clipmatch") / "photos.sqlite")
-    return path.expanduser().absolute()
 
 
 @dataclass(frozen=True)
@@ -199,20 +193,8 @@ class Store:
 
         A second one waits, and says so; without `wait` it raises ClipmatchError. The lock goes with its process.
         """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(f"{self.path}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise ClipmatchError(f"Another clipmatch is writing the index {self.path}; try again later.") from None
-            note(f"Another clipmatch is writing the index {self.path}; waiting for it.")
-            lock.acquire()
-        try:
+        with one_writer(self.path, wait):
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def writing(self, photographs: bool = True) -> Iterator[None]:
@@ -375,10 +357,18 @@ class Store:
             raise KeyError(number)
         return photo_of(row)
 
+    def photos_of(self, numbers: Iterable[int]) -> list[Photo]:
+        """The photographs with these numbers, in their order. Raises KeyError if one is gone."""
+        return [self.photo(number) for number in numbers]
+
     def number(self, path: Path) -> int | None:
         """The number of the photograph in a file; None if it is not in the index."""
         row = next(self._read("SELECT id FROM photos WHERE path = ?", (os.fsencode(path),)), None)
         return None if row is None else int(row[0])
+
+    def numbers_of(self, paths: Iterable[Path]) -> dict[Path, int]:
+        """The numbers of the photographs in these files, of those that are there."""
+        return {path: number for path in paths if (number := self.number(path)) is not None}
 
     def newest(self, where: Filter, most: int, skip: int = 0) -> list[int]:
         """The numbers of photographs that pass, the newest first: by when they were taken, else by their files' age."""
@@ -409,6 +399,10 @@ class Store:
             "cameras": list(self._read(count.format("camera", "2 DESC, 1"))),
             "formats": sorted(formats.items(), key=lambda pair: -pair[1]),
         }
+
+    def count(self, where: Filter) -> int:
+        """How many photographs pass."""
+        return len(self.numbers(where)) if where else len(self)
 
     def numbers(self, where: Filter) -> NDArray[np.int64]:
         """The numbers of the photographs that pass, rising."""
@@ -495,10 +489,29 @@ class Store:
         with self.writing(photographs=False):
             return self._db.execute("DELETE FROM concepts WHERE name = ?", (name,)).rowcount > 0
 
+    # Files that could not be used
+
+    def broken(self) -> dict[Path, tuple[Stamp, str]]:
+        """By path: their stamps, and the reasons."""
+        rows = self._read("SELECT path, size, mtime, sidecar, reason FROM failures ORDER BY path")
+        return {Path(os.fsdecode(path)): (Stamp(*stamp), reason) for path, *stamp, reason in rows}
+
     def failures(self) -> list[Failure]:
-        """Files that could not be used."""
-        rows = self._read("SELECT path, reason FROM failures ORDER BY path")
-        return [Failure(Path(os.fsdecode(path)), reason) for path, reason in rows]
+        """The same, for people."""
+        return [Failure(path, reason) for path, (_, reason) in self.broken().items()]
+
+    # What it leaves to others
+
+    @property
+    def derived(self) -> Path:
+        """The name beside which the files lie that are derived of it."""
+        return self.path
+
+    def tidy(self) -> None:
+        """Nothing is left to do after an update."""
+
+    def collection(self, calibration: Calibration | None) -> None:
+        """It has no search of its own: it is searched by the files derived of it."""
 
     # SQLite
 
@@ -588,8 +601,10 @@ def statements(script: str) -> Iterator[str]:
             text = ""
 
 
-def check_model(store: Store, embedder: Embedder) -> None:
+def check_model(store: PhotoStore, embedder: Embedder) -> None:
     """Raise ClipmatchError if the store holds another model's vectors."""
+    from clipmatch.storage import default_index
+
     bound = store.model
     if bound and bound.fingerprint != embedder.fingerprint:
         here = "" if store.path == default_index() else f" --index {shlex.quote(str(store.path))}"
@@ -601,6 +616,25 @@ def check_model(store: Store, embedder: Embedder) -> None:
             f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )
+
+
+@contextmanager
+def one_writer(path: Path, wait: bool) -> Iterator[None]:
+    """For as long as one process writes an index: no other does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
+        note(f"Another clipmatch is writing the index {path}; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,9 @@ from clipmatch.atomic import atomic_file
 from clipmatch.calibration import Calibration
 from clipmatch.errors import ClipmatchError
 from clipmatch.runtime import usable_cores
-from clipmatch.store import Store
+
+if TYPE_CHECKING:
+    from clipmatch.storage import PhotoStore
 
 FORMAT = 2  # 1 had one checksum for the whole file
 HEADER = 512  # bytes, JSON padded with blanks
@@ -211,9 +213,9 @@ def vectors_file(store: Path) -> Path:
     return store.with_name(f"{store.name}.vectors")
 
 
-def open_gallery(store: Store, calibration: Calibration | None) -> Gallery:
+def open_gallery(store: PhotoStore, calibration: Calibration | None) -> Gallery:
     """The vectors of a store; from the derived file if it is good, else made anew and kept there."""
-    path = vectors_file(store.path)
+    path = vectors_file(store.derived)
     mark = {"format": FORMAT, "calibration": calibration.fingerprint + calibration.split_hash if calibration else None}
     gallery = read_gallery(path, {**mark, "content": store.content})
     if gallery is None:

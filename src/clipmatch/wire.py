@@ -7,6 +7,7 @@ Knows nothing of HTTP. A photograph's path is shown, never taken: clients name p
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -16,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.search import Match, Matches, Request
-from clipmatch.store import Filter, Store
+from clipmatch.storage import PhotoStore
+from clipmatch.store import Filter
 
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
@@ -248,10 +250,10 @@ def photo_row(number: int, photo: Photo) -> PhotoRow:
     return PhotoRow(**photo_values(number, photo))
 
 
-def match_row(store: Store, match: Match) -> MatchRow | None:
+def match_row(numbers: Mapping[Path, int], match: Match | None) -> MatchRow | None:
     """A match; None if its photograph has just left the index."""
-    number = store.number(match.path)
-    if number is None or match.photo is None:
+    number = numbers.get(match.path) if match else None
+    if match is None or match.photo is None or number is None:
         return None
     return MatchRow(
         **photo_values(number, match.photo),
@@ -261,8 +263,10 @@ def match_row(store: Store, match: Match) -> MatchRow | None:
     )
 
 
-def answer_of(store: Store, matches: Matches, size: int) -> Answer:
+def answer_of(store: PhotoStore, matches: Matches, size: int) -> Answer:
     """A page of matches, of which `size` were asked for."""
-    rows = [row for match in matches if (row := match_row(store, match))]
-    best = match_row(store, matches.best) if matches.best and not matches else None
+    shown = matches or [matches.best] * (matches.best is not None)
+    numbers = store.numbers_of(match.path for match in shown if match)
+    rows = [row for match in matches if (row := match_row(numbers, match))]
+    best = None if matches else match_row(numbers, matches.best)
     return Answer(matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size)

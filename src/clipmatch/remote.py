@@ -1,0 +1,112 @@
+"""Files on object storage, by paths: `s3:/bucket/photos/a.jpg` is what `pathlib` makes of `s3://bucket/photos/a.jpg`.
+
+In: addresses, paths. Out: listings, open files, sizes and times. A path that does not begin with a scheme is an
+ordinary file. Knows nothing of pictures. Apache Arrow reads them (the extra `distributed`), by the usual environment
+variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...); it is imported by the first such path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any, cast
+
+from clipmatch.errors import ClipmatchError, reason_of
+from clipmatch.photo import Stamp
+
+KEPT = 256 << 20  # bytes
+fetched: dict[Path, bytes] = {}  # the oldest first
+turn = Lock()
+
+SCHEME = re.compile(r"^([a-z][a-z0-9+]+):/+")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path or an address is of object storage."""
+    return SCHEME.match(str(path)) is not None
+
+
+def address_of(path: str | Path) -> str:
+    """A path as people write it: of object storage with both slashes, any other as it is."""
+    return SCHEME.sub(r"\1://", str(path), count=1)
+
+
+def open_raw(path: Path) -> IO[bytes]:
+    """A file, open for reading wherever one likes. Raises OSError."""
+    if not is_remote(path):
+        return path.open("rb")
+    system, inside = locate(path)
+    return cast("IO[bytes]", system.open_input_file(inside))
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file that is read twice, first to be hashed and then to be decoded: it is fetched once.
+
+    What the second reader never comes for is forgotten. Raises OSError.
+    """
+    with turn:
+        data = fetched.pop(path, None)
+    if data is not None:
+        return data
+    with open_raw(path) as file:
+        data = file.read()
+    with turn:
+        fetched[path] = data
+        while sum(map(len, fetched.values())) > KEPT:
+            del fetched[next(iter(fetched))]
+    return data
+
+
+def status_of(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file. Raises OSError."""
+    if not is_remote(path):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    system, inside = locate(path)
+    found = system.get_file_info(inside)
+    if not found.is_file:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), address_of(path))
+    return found.size, found.mtime_ns or 0
+
+
+def list_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
+    """All files below a folder of object storage, hidden ones left out; a file stands for itself.
+
+    Raises ClipmatchError when there is nothing, or it can't be read.
+    """
+    from pyarrow.fs import FileSelector
+
+    try:
+        system, inside = locate(folder)
+        root = system.get_file_info(inside)
+        listed = [root] if root.is_file else system.get_file_info(FileSelector(inside, recursive=True))
+    except OSError as error:
+        raise ClipmatchError(f"{address_of(folder)} can't be read ({reason_of(error)}); check its name.") from error
+    for found in listed:
+        below = found.path.lstrip("/")[len(inside) :].strip("/")  # some begin with a slash
+        if found.is_file and not any(part.startswith(".") for part in below.split("/")):
+            yield (folder / below if below else folder), Stamp(found.size, found.mtime_ns or 0)
+
+
+def locate(path: Path) -> tuple[Any, str]:
+    """The file system of a path, and the name of the file there. Raises OSError."""
+    scheme, _, rest = address_of(path).partition("://")
+    return file_system(scheme, rest.split("/")[0]), rest
+
+
+@lru_cache
+def file_system(scheme: str, bucket: str) -> Any:
+    """The file system that holds a bucket. Raises ClipmatchError if there is none of that scheme."""
+    try:
+        from pyarrow.fs import FileSystem
+
+        return FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+    except ModuleNotFoundError as error:
+        raise ClipmatchError(f'{scheme}:// needs pyarrow: pip install "clipmatch[distributed]"') from error
+    except ValueError as error:  # of Arrow's errors: an unknown scheme
+        raise ClipmatchError(f"{scheme}://{bucket} can't be read ({reason_of(error)}).") from error
