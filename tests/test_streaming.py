@@ -50,7 +50,7 @@ for data, settings, stop in map(json.loads, cases):
             data |= data.pop("of", {}).get(number, {})
             train(DataConfig(**data), TrainConfig(**settings), model, progress=False)
     except ClipmatchError as error:
-        print(json.dumps([number, str(error)]), flush=True)
+        print(json.dumps([number, str(error)]) + "\\n", end="", flush=True)  # in one piece: both write to one pipe
 """
 
 DIES = """\
