@@ -35,7 +35,7 @@ SCENES, PRIOR = "scenes", "prior"  # folders
 SHEET = "painted.png"
 PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
-# Together at most ten minutes on two cores (389 s measured on a quiet AMD EPYC with AVX512-BF16, which the demo prints).
+# At most ten minutes on two cores (389 s measured on a quiet AMD EPYC with AVX512-BF16; the demo prints its own).
 VQ_SETTINGS = VQConfig(
     size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=6000, batch_size=4, rate=1.5e-3
 )
