@@ -47,7 +47,7 @@ test-cluster: $(CLUSTER)
 $(CLUSTER): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[distributed]"
 	$(PYTHON) -m venv $(MOTO)
-	$(MOTO)/bin/python -m pip install --quiet "moto[server,s3]==5.2.1"
+	$(MOTO)/bin/python -m pip install --quiet "moto[server,s3]==5.2.5"
 	touch $@
 
 lint: setup

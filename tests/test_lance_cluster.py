@@ -122,7 +122,7 @@ def pictures(environment, tmp_path_factory):
         (folder / f"broken{number}.jpg").write_bytes(whole[:200] if number % 2 else b"no picture")
     for number in range(COPIES):
         shutil.copy(folder / "1" / f"{number * 10 + 1:04d}.jpg", folder / f"copy{number}.jpg")
-    copy_files(str(folder), "s3://bucket/photos", use_threads=True)
+    copy_files(str(folder), "s3://bucket/photos", use_threads=False)
     return folder
 
 
