@@ -53,9 +53,7 @@ from clipmatch.tablefiles import linked, row_names
 
 ARCHIVES = (".tar", PARQUET)
 LISTED = 1_000_000  # files that the driver holds at once
-MANY = 1 << 30
-SHARE = 256  # files that an actor is given at once, and does again if it is lost
-COMMIT = 256  # files to a version of the table
+SHARE = 256  # files that an actor is given at once, commits at once, and does again if it is lost
 LOST = 5  # times that workers may be lost before anything is done again
 PATIENCE = 10  # seconds to reach a cluster
 PAUSE = 2  # seconds, times how often they were lost in turn: the cluster takes a while to notice
@@ -212,6 +210,7 @@ class Job:
 
     def share_out(self, files: Sequence[Found]) -> Iterator[dict[str, Any]]:
         """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
+        room = self.room()
         data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
         if any(item.path.suffix.lower() in ARCHIVES for item in files):
             data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
@@ -220,7 +219,7 @@ class Job:
             fn_constructor_kwargs=self.given,
             batch_size=SHARE,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(self.workers or MANY, self.room())),
+            compute=ray.data.ActorPoolStrategy(size=min(self.workers or room, room)),
             num_cpus=1,
             num_gpus=1 if self.on_gpus else None,
             runtime_env={"env_vars": {} if self.on_gpus else {"CLIPMATCH_THREADS": "1"}},
@@ -275,7 +274,7 @@ class Worker:
                 summary.failures.append(Failure(item.path, problem_of(item.path)))
             else:
                 sort_out(item, known, broken, there, summary)
-        take_in(self.store, self.embedder, there, summary, progress=False, batch=COMMIT)
+        take_in(self.store, self.embedder, there, summary, progress=False, batch=SHARE)
         row = {name: getattr(summary, name) for name in COUNTS}
         bad = [{"path": text_of(failure.path), "reason": failure.reason} for failure in summary.failures]
         return pa.Table.from_pylist(

@@ -58,8 +58,8 @@ FULL = Kind("full", (4096, 4096), "jpeg", (("quality", 90),))
 def is_unchanged(photo: Photo) -> bool:
     """Whether the file is the one that was indexed. Raises ImageError if it is gone or no file any more."""
     try:
-        if is_remote(photo.path) or locate(photo.path):
-            inside = locate(photo.path)
+        inside = locate(photo.path)
+        if inside or is_remote(photo.path):
             size, modified = status_of(inside[0] if inside else photo.path)
             return modified == photo.stamp.mtime and (inside is not None or size == photo.stamp.size)
         status = photo.path.stat()

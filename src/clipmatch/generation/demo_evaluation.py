@@ -141,9 +141,7 @@ def prepare_world(
         training,
         embed(judge, references),
         {
-            "pixels": space_of(
-                lambda pictures: pictures.reshape(len(pictures), -1) / np.float32(255), training, held_out
-            ),
+            "pixels": space_of(lambda found: found.reshape(len(found), -1) / np.float32(255), training, held_out),
             "judge": space_of(lambda found: embed(judge, found), training, held_out),
         },
     )
