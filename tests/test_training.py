@@ -312,7 +312,7 @@ def test_a_split_convolutional_tower_gives_what_the_whole_gives(tokenizer):
 
 @pytest.mark.parametrize(
     ("tokens", "numbers", "chosen"),
-    [(77, None, "eager"), (197, None, "sdpa"), (197, torch.bfloat16, "eager"), (577, torch.bfloat16, "sdpa")],
+    [(77, None, "eager"), (197, None, "sdpa"), (197, torch.bfloat16, "half"), (577, torch.bfloat16, "sdpa")],
 )
 def test_the_faster_attention_gives_the_same(tokenizer, tokens, numbers, chosen):
     backbone = CLIPModel(tiny(tokenizer)).image_encoder.backbone.eval()
@@ -321,6 +321,23 @@ def test_the_faster_attention_gives_the_same(tokenizer, tokens, numbers, chosen)
     choose_attention(backbone, tokens, torch.device("cpu"), Precision(numbers, ""))
     assert backbone.config._attn_implementation == chosen
     torch.testing.assert_close(backbone(pixels).last_hidden_state, before)
+
+
+def test_attention_in_half_precision_loses_no_more_than_that_of_transformers(tokenizer):
+    backbone = CLIPModel(tiny(tokenizer)).image_encoder.backbone
+    pixels = torch.randn(8, 3, 32, 32)
+
+    def run(attention, numbers):
+        choose_attention(backbone, 197, torch.device("cpu"), Precision(numbers, ""))
+        backbone.set_attn_implementation(attention)
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=numbers is not None):
+            states = backbone(pixels).last_hidden_state
+        states.float().square().mean().backward()
+        return torch.cat([states.detach().flatten(), *(weights.grad.flatten() for weights in backbone.parameters())])
+
+    exact, theirs, ours = run("sdpa", None), run("eager", torch.bfloat16), run("half", torch.bfloat16)
+    assert 0 < (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 def test_the_average_of_the_weights_by_hand():

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from clipmatch.adapters import add_adapters
 from clipmatch.config import ModelConfig, TrainConfig
@@ -22,6 +25,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.model import CLIPModel, Standardise, blocks_of, trained_part
 from clipmatch.runtime import Precision
 
+HALF_ATTENTION = "half"  # the name by which transformers knows half_attention
 NARROWEST = 0.02  # of the spread of all features, added to that of each
 
 
@@ -75,10 +79,35 @@ def choose_attention(backbone: nn.Module, tokens: int, device: torch.device, pre
     """Short sequences learn faster on a CPU with plain attention, for the backward pass of PyTorch's fused kernel is
     slow there: about twice in float32, until at some 200 tokens the memory that it saves makes up for it. In bfloat16
     it takes a quarter of a step at 200 tokens; but what plain attention keeps grows with the square of their number.
+    That of a ViT stays in bfloat16 throughout, which is half of what transformers' plain attention takes there.
     """
-    most = 260 if precision.dtype is torch.bfloat16 else 128  # 16 x 16 patches and what stands before them
-    if device.type == "cpu" and tokens <= most and hasattr(backbone, "set_attn_implementation"):
-        backbone.set_attn_implementation("eager")  # type: ignore[operator]
+    half = precision.dtype is torch.bfloat16
+    most = 260 if half else 128  # 16 x 16 patches and what stands before them
+    if device.type != "cpu" or tokens > most or not hasattr(backbone, "set_attn_implementation"):
+        return
+    vit = backbone.config.model_type == "vit"  # type: ignore[union-attr]
+    if half and vit:
+        AttentionInterface.register(HALF_ATTENTION, half_attention)
+        AttentionMaskInterface.register(HALF_ATTENTION, eager_mask)
+    backbone.set_attn_implementation(HALF_ATTENTION if half and vit else "eager")  # type: ignore[operator]
+
+
+def half_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of query, key and value [n, heads, tokens, h] -> ([n, tokens, heads, h], weights [n, heads, tokens,
+    tokens]), all in their own precision.
+
+    Autocast would turn the scores, the largest of all arrays here, to float32 for the softmax and back. The kernel adds
+    up in float32 whatever it is given, and the query, not the scores, is scaled.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(query * scaling, key.transpose(2, 3))
+        if attention_mask is not None:
+            scores = scores + attention_mask.to(scores.dtype)
+        weights = functional.dropout(scores.softmax(dim=-1), dropout, module.training)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def image_tokens(model: CLIPModel) -> int:
