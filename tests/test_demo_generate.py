@@ -20,10 +20,11 @@ PRIOR = PriorTraining(width=24, heads=2, layers=1, local_width=8, steps=3, batch
 
 @pytest.fixture
 def world(scenes, model_folder, tmp_path, monkeypatch):
-    """A demo's folder in which scenes and guide are there already."""
+    """A demo's folder in which scenes and the model that the guide begins with are there already."""
     shutil.copytree(scenes, tmp_path / "demo" / "scenes")
     shutil.copytree(model_folder, tmp_path / "demo" / "run" / "best")
     monkeypatch.setattr(demo_generate, "VQ_SETTINGS", VQ)
+    monkeypatch.setitem(demo_generate.GUIDE_SETTINGS, "epochs", 1)
     for module in (demo_generate, demo_evaluation):
         monkeypatch.setattr(module, "PRIOR_SETTINGS", PRIOR)
         monkeypatch.setattr(module, "prepare_scenes", lambda out, seed: split_captions(load_captions(out / "scenes")))
@@ -37,6 +38,7 @@ def test_the_demo_trains_paints_and_goes_on(world):
     first = np.asarray(Image.open(world / "painted.png"))
     dev = split_captions(load_captions(world / "scenes")).dev
     assert all(row.captions[0] in done.stdout for row in dev[:16])
+    assert json.loads((world / "guide" / "train.json").read_text())["settings"]["adversarial"] == 7
     log = (world / "generator" / "prior" / "log.jsonl").read_text()
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0, again.output
@@ -55,7 +57,7 @@ def test_every_row_of_the_table_is_measured(world, monkeypatch):
     assert CliRunner().invoke(main, ["demo", "--generate", "--out", str(world)]).exit_code == 0
     splits = split_captions(load_captions(world / "scenes"))
     shutil.copytree(world / "scenes", world / "judge-scenes")
-    monkeypatch.setattr(demo_evaluation, "make_judge", lambda out, seed: (out / "run", splits))
+    monkeypatch.setattr(demo_evaluation, "make_judge", lambda out, seed: (out / "guide", splits))
     monkeypatch.setattr(demo_evaluation, "STEPS", 5)
     monkeypatch.setattr(demo_evaluation, "CHOICES", 20)
     monkeypatch.setattr(demo_evaluation, "REFINING", 2)

@@ -201,7 +201,7 @@ def test_without_names_the_demo_paints(model_folder, with_prior, tmp_path, monke
     assert done.exit_code == 1
     assert "Which guide?" in done.stderr
     assert "clipmatch demo --generate" in done.stderr
-    shutil.copytree(model_folder, "clipmatch-demo/run/best")
+    shutil.copytree(model_folder, "clipmatch-demo/guide/best")
     shutil.copytree(with_prior, "clipmatch-demo/generator")
     assert run("a star", "--steps", 0).exit_code == 0
     assert Image.open("painting.png").size == (16, 16)

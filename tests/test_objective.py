@@ -7,6 +7,7 @@ import torch
 from clipmatch.concepts import Concepts
 from clipmatch.config import TrainConfig
 from clipmatch.data import load_captions
+from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import LOGIT_BIAS
 from clipmatch.objective import Objective
 from clipmatch.ranks import Ranks
@@ -209,3 +210,42 @@ def test_the_loss_is_that_of_the_mixed_pairs(tiny, pairs, batch):
     mixed = mix_pairs(cached(6), 0.4)
     assert torch.equal(seen[0][0], mixed.images)
     assert torch.equal(seen[0][1][0], mixed.texts[0])
+
+
+def test_pictures_made_worse_raise_the_loss_and_look_the_same(tiny, pairs, batch):
+    tiny.model.eval()  # without dropout, which would change the loss by itself
+    asked = objective(tiny, pairs, adversarial=7.0)
+    torch.manual_seed(0)
+    worse = asked.made_worse(batch, 7.0)
+    change = worse - batch.images
+    sizes = change.square().mean(dim=(1, 2, 3)).sqrt()
+    assert sizes.max() <= 7.001
+    assert sizes.min() > 3  # a step of 7 from a start within 7
+    noise = torch.randn(change.shape)
+    noisy = batch.images + 7 * noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    def loss(images):
+        with torch.no_grad():
+            return asked.loss_of(batch, *asked.embed(images, batch.texts), 0).item()
+
+    plain = loss(batch.images)
+    assert loss(worse) - plain > 5 * abs(loss(noisy) - plain)
+    seen = []
+    asked.embed = lambda images, texts: seen.append(images) or Objective.embed(asked, images, texts)
+    torch.manual_seed(0)
+    asked.backward(batch, 0)
+    assert torch.equal(seen[-1], worse)  # what is learnt
+    assert all(value.grad.isfinite().all() for value in tiny.model.parameters() if value.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tune_image": "none"}, "adversarial needs tune_image all"),
+        ({"tune_image": "all", "chunk": 8}, "leave out chunk"),
+        ({"tune_image": "all", "adversarial": 300.0}, "in 0..255"),
+    ],
+)
+def test_where_pictures_can_not_be_made_worse(settings, said):
+    with pytest.raises(ClipmatchError, match=said):
+        TrainConfig(out="unused", **{"adversarial": 7.0, **settings})

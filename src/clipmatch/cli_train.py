@@ -112,6 +112,8 @@ TRAIN_HELP = {
     "views": "Cached views of each picture: the plain one and N-1 augmented ones.",
     "augment": "Augment pictures as they are read, when the whole image tower learns.",
     "flip": "Mirror augmented pictures; say --no-flip if captions tell left from right.",
+    "adversarial": "Learn pictures as changed for the worse by so many levels of 255 (7, say), for a model that guides "
+    "painting; the whole image tower must learn, and a step takes about twice as long.",
     "accumulate": "Batches whose gradients are added up for one step; each has its own negatives.",
     "chunk": "Pairs that pass the towers at a time: large batches in little memory, with the same gradients.",
     "gradient_checkpointing": "Less memory, more time.",

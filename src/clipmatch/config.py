@@ -111,6 +111,7 @@ class TrainConfig:
     views: int = 1  # cached views of each picture: the plain one and views - 1 augmented ones
     augment: bool = False  # live augmentation, when the image tower is trained as a whole
     flip: bool = True  # mirror in augmented views; wrong for captions with "left" and "right"
+    adversarial: float = 0.0  # how far pictures are changed for the worse, for a model that guides: levels of 255, rms
     accumulate: int = 1  # batches a step; each batch has its own negatives
     chunk: int | None = None  # pairs that pass the towers at a time; the loss sees the whole batch all the same
     gradient_checkpointing: bool = False  # less memory, a third more time
@@ -139,6 +140,9 @@ class TrainConfig:
         require(self.loss in LOSSES, f"loss must be one of {LOSSES}", self.loss)
         require(0 <= self.hard_negatives < 1, "hard_negatives must be in [0, 1)", self.hard_negatives)
         require(self.chunk is None or self.chunk >= 1, "chunk must be at least 1", self.chunk)
+        require(0 <= self.adversarial < 256, "adversarial must lie in 0..255", self.adversarial)
+        whole = self.chunk is None or not self.adversarial
+        require(whole, "adversarial wants the whole batch at once; leave out chunk", self.chunk)
         require(self.mixup >= 0, "mixup must not be negative", self.mixup)
         if self.mixup:
             cached = self.tune_image == self.tune_text == "none"
@@ -152,6 +156,7 @@ class TrainConfig:
             require(self.views == 1, "views are of cached pictures; with tune_image all use augment", self.views)
         else:
             require(not self.augment, "augment needs tune_image all; cached pictures have views", self.augment)
+            require(not self.adversarial, "adversarial needs tune_image all: it changes pictures", self.adversarial)
         require(0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup)
         require(self.patience is None or self.patience >= 1, "patience must be at least 1", self.patience)
 

@@ -133,13 +133,13 @@ def sample_queries(rows: Sequence[CaptionedImage]) -> list[str]:
     return [rows[place * len(rows) // QUERY_COUNT].captions[0] for place in range(QUERY_COUNT)]
 
 
-def train_small(run: Path, splits: Splits, seed: int, model: ModelConfig | None = None) -> bool:
-    """Train the small model (or another), or go on with an unfinished run of the same settings; False if Ctrl-C
-    stopped it.
+def train_small(run: Path, splits: Splits, seed: int, model: ModelConfig | Path | None = None, **changes: Any) -> bool:
+    """Train the small model (or another, or on from a model folder), or go on with an unfinished run of the same
+    settings; False if Ctrl-C stopped it.
     """
     from clipmatch.training import train
 
-    settings = small_settings(run, seed)
+    settings = small_settings(run, seed, **changes)
     going_on = is_unfinished(run, settings)
     if going_on:
         print(f"going on with the run in {run}", file=sys.stderr)

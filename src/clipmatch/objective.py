@@ -7,6 +7,7 @@ function of PyTorch's seed and (seed, step). Knows nothing of optimisers, epochs
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ class Objective:
         """
         if self.settings.mixup:
             batch = mix_pairs(batch, self.settings.mixup)
+        if self.settings.adversarial:
+            batch = replace(batch, images=self.made_worse(batch, self.settings.adversarial))
         if self.settings.chunk is not None and self.settings.chunk < len(batch.image_ids):
             return self.backward_in_chunks(batch, step, count, self.settings.chunk)
         loss = self.loss_of(batch, *self.embed(batch.images, batch.texts), step)
@@ -90,6 +93,26 @@ class Objective:
             torch.autograd.backward(rows, gradients)
         seed_draws(afterwards, self.device)
         return loss.item()
+
+    def made_worse(self, batch: Batch, most: float) -> Tensor:
+        """Pictures uint8 [b, s, s, 3] -> float32, each changed by at most `most` (root mean square over its numbers, in
+        levels of 255) so that the loss rises: one step up the gradient from a random start near by (Wong et al., Fast
+        is better than free, ICLR 2020, with an l2 ball).
+
+        What is nothing to the eye changes a model's mind, unless it has learnt from such pictures; then its gradients
+        show what it sees (Santurkar et al., Image Synthesis with a Single (Robust) Classifier, NeurIPS 2019).
+        """
+        pictures = batch.images.to(self.device).float()
+        length = most * math.sqrt(pictures[0].numel())
+        start = torch.rand(len(pictures), 1, 1, 1, device=self.device) * length
+        change = (start * unit_pictures(torch.randn_like(pictures))).requires_grad_()
+        loss = self.pair_loss(
+            *self.embed(pictures + change, batch.texts)[1:], siblings(batch.image_ids.to(self.device))
+        )
+        (slope,) = torch.autograd.grad(self.scaler.scale(loss), change)
+        change = change.detach() + length * unit_pictures(slope)
+        beyond = change.flatten(1).norm(dim=1).clamp(min=length) / length  # [b]
+        return pictures + change / beyond[:, None, None, None]
 
     def embed_chunk(self, images: Tensor, texts: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """`embed` with dropout that is a function of the seed."""
@@ -157,6 +180,11 @@ class Objective:
             "halve the learning rates, or train with --precision float32"
         )  # fmt: skip
         return f"The loss is {loss} at step {step + 1}; {where}. Likely too large a step: {cause}."
+
+
+def unit_pictures(pictures: Tensor) -> Tensor:
+    """Each of [b, s, s, 3] at length 1; what is all zeros stays so."""
+    return pictures / pictures.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
 
 
 def start_sigmoid(checkpoint: Checkpoint, device: torch.device) -> nn.Parameter:

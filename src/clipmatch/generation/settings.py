@@ -12,7 +12,7 @@ from clipmatch.config import require
 from clipmatch.modelfolder import find_local
 
 DEMO = Path("clipmatch-demo")  # where clipmatch demo leaves its models, if not told otherwise
-GUIDE, GENERATOR = "run", "generator"  # their folders in it
+GUIDE, GENERATOR = "guide", "generator"  # their folders in it
 
 
 def find_demo(folder: str) -> str | None:
