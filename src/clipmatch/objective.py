@@ -112,7 +112,8 @@ class Objective:
         (slope,) = torch.autograd.grad(self.scaler.scale(loss), change)
         change = change.detach() + length * unit_pictures(slope)
         beyond = change.flatten(1).norm(dim=1).clamp(min=length) / length  # [b]
-        return pictures + change / beyond[:, None, None, None]
+        worse: Tensor = pictures + change / beyond[:, None, None, None]
+        return worse
 
     def embed_chunk(self, images: Tensor, texts: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """`embed` with dropout that is a function of the seed."""
@@ -184,7 +185,9 @@ class Objective:
 
 def unit_pictures(pictures: Tensor) -> Tensor:
     """Each of [b, s, s, 3] at length 1; what is all zeros stays so."""
-    return pictures / pictures.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    lengths = pictures.flatten(1).norm(dim=1).clamp(min=1e-12)  # [b]
+    unit: Tensor = pictures / lengths[:, None, None, None]
+    return unit
 
 
 def start_sigmoid(checkpoint: Checkpoint, device: torch.device) -> nn.Parameter:

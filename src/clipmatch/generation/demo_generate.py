@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ SHEET = "painted.png"
 PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # The guide goes on from the run with pictures made worse: a model that has not seen such is fooled by what it guides.
-GUIDE_SETTINGS = {"epochs": 6, "evaluate_every": 6, "adversarial": 7.0} | dict.fromkeys(
+GUIDE_SETTINGS: dict[str, Any] = {"epochs": 6, "evaluate_every": 6, "adversarial": 7.0} | dict.fromkeys(
     ("rate_heads", "rate_image", "rate_text"), 5e-4
 )
 # At most ten minutes on two cores (389 s measured on a quiet AMD EPYC with AVX512-BF16; the demo prints its own).
@@ -83,7 +84,9 @@ def train_guide(out: Path, splits: Splits, seed: int) -> None:
 
     Raises ClipmatchError when Ctrl-C stopped it.
     """
-    for name, start, changes in ((RUN, None, {}), (GUIDE, out / RUN / "best", GUIDE_SETTINGS)):
+    steps: list[tuple[str, Path | None, dict[str, Any]]]
+    steps = [(RUN, None, {}), (GUIDE, out / RUN / "best", GUIDE_SETTINGS)]
+    for name, start, changes in steps:
         run = out / name
         there = (run / "best" / CONFIG).is_file() and not is_unfinished(run, small_settings(run, seed, **changes))
         if not there:
