@@ -32,7 +32,7 @@ browser:
 
 # In the order of their names: by default the files of few tests, of which one trains for minutes, come last.
 test: setup browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 # An index beyond one machine: the store in Lance tables, an S3 server, a Ray cluster of two nodes that loses one.
 # The server's packages don't get along with all of ours, so it has an environment of its own.
@@ -42,7 +42,7 @@ CLUSTER := $(VENV)/.distributed
 test-cluster: $(CLUSTER)
 	CLIPMATCH_MOTO=$(MOTO)/bin/moto_server $(BIN)/python -m pytest tests/test_lance_cluster.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile -k lance tests/test_lancestore.py tests/test_index.py \
-		tests/test_teaching.py tests/test_search.py
+		tests/test_teaching.py tests/test_search.py tests/test_benchmarks.py
 
 $(CLUSTER): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[distributed]"
