@@ -38,6 +38,7 @@ from clipmatch.modelfolder import (
 )
 from clipmatch.preprocess import Transform
 from clipmatch.tokenizer import Tokenizer
+from clipmatch.trust import check_folder
 
 PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
 
@@ -83,6 +84,8 @@ def load_tokenizer(tower: str) -> Tokenizer:
 
     source = local_or_name(tower)
     local = source != tower or looks_local(tower) or offline()
+    if Path(source).is_dir():
+        check_folder(Path(source))
     try:
         with quiet_transformers():
             fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.modelfolder import CONFIG, WEIGHTS, fingerprint_of
+from clipmatch.trust import check_folder
 
 PICKLED = "pytorch_model.bin"  # of which nothing but tensors is read
 FAR = 2.0  # noise beyond it was never drawn for a published sample
@@ -218,6 +219,7 @@ def load_biggan(folder: Path) -> BigGAN:
 
     Raises ClipmatchError when a file is missing, damaged, or not of such a model.
     """
+    check_folder(folder)
     try:
         config = parse_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.device("meta"):  # nothing is drawn that the weights replace at once
