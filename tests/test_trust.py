@@ -196,9 +196,7 @@ def test_a_graph_may_have_the_word_in_its_names(tmp_path):
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
     tensor = helper.make_tensor("location.weight", TensorProto.FLOAT, [2], [1.0, 2.0])
     node = helper.make_node("Identity", ["location.weight"], ["y"])
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["location.weight"], ["y"])], "location", [], [output], [tensor]
-    )
+    graph = helper.make_graph([node], "location", [], [output], [tensor])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
     assert open_session(tmp_path / "g.onnx").run(None, {})[0].tolist() == [1.0, 2.0]

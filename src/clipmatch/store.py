@@ -72,6 +72,7 @@ UPGRADES = (
     ) WITHOUT ROWID;
     """,
 )
+WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
 PATIENCE = 30  # seconds that a transaction waits for another process's
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
@@ -169,6 +170,8 @@ class Store:
         store = cls(path, connection)
         try:
             with reading_errors(path):
+                connection.execute("PRAGMA cell_size_check = ON")  # damage is told before it is followed
+                store._check_schema()
                 store._upgrade()
         except BaseException:
             connection.close()
@@ -216,7 +219,8 @@ class Store:
     def model(self) -> ModelName | None:
         """The model that it is bound to; None while it is empty."""
         value = self._get("model")
-        return ModelName(**json.loads(value)) if value else None
+        with making_sense(self.path):
+            return ModelName(**json.loads(value)) if value else None
 
     def bind(self, model: ModelName) -> None:
         """Take the vectors of `model` from now on, and drop those of any other."""
@@ -236,8 +240,9 @@ class Store:
 
     def roots(self) -> list[Root]:
         """The folders that it keeps up with."""
-        rows = self._read("SELECT path, exclude, follow_links FROM roots ORDER BY path")
-        return [Root(Path(os.fsdecode(path)), tuple(json.loads(exclude)), bool(links)) for path, exclude, links in rows]
+        rows = list(self._read("SELECT path, exclude, follow_links FROM roots ORDER BY path"))
+        with making_sense(self.path):
+            return [Root(Path(os.fsdecode(path)), tuple(json.loads(names)), bool(links)) for path, names, links in rows]
 
     def add_root(self, root: Root) -> None:
         """Remember a folder, or how it is walked from now on."""
@@ -303,7 +308,7 @@ class Store:
         question = "SELECT row FROM vectors WHERE model = ? AND digest = ?"
         model = self.model
         found = next(self._read(question, (model.fingerprint if model else "", bytes.fromhex(digest))), None)
-        return np.frombuffer(found[0], "<f4") if found else None
+        return self._row(found[0], model.dim) if found and model else None
 
     def upsert(
         self,
@@ -431,8 +436,11 @@ class Store:
                 (model.fingerprint if model else "",),
             )
             place = 0
-            for place, (number, row) in enumerate(found, 1):
-                numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
+            with making_sense(self.path):
+                for place, (number, row) in enumerate(found, 1):
+                    numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
+                if not np.isfinite(rows[:place]).all():
+                    raise ValueError("a vector is not finite")
         return content, numbers[:place], rows[:place]
 
     def named(self, text: str, most: int) -> list[int]:
@@ -451,9 +459,18 @@ class Store:
         model, found = self.model, {}
         question = "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
         for path in paths:
-            if row := next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None):
-                found[path] = np.frombuffer(row[0], "<f4")
+            row = next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None)
+            if row and model:
+                found[path] = self._row(row[0], model.dim)
         return found
+
+    def _row(self, data: bytes, dim: int) -> NDArray[np.float32]:
+        """A stored row [d]."""
+        with making_sense(self.path):
+            row = np.frombuffer(data, "<f4")
+            if row.shape != (dim,) or not np.isfinite(row).all():
+                raise ValueError("a vector is of another length, or not finite")
+        return row
 
     # Concepts
 
@@ -463,8 +480,9 @@ class Store:
         for name, model, row, *files, precision in self._read(
             "SELECT name, model, row, examples, others, precision FROM concepts ORDER BY name"
         ):
-            examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
-            found[name] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
+            with making_sense(self.path):
+                examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
+                found[str(name)] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
         return found
 
     def keep_concept(self, model: str, concept: Concept) -> None:
@@ -543,6 +561,17 @@ class Store:
     def _version(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
+    def _check_schema(self) -> None:
+        """Raise ClipmatchError if the file holds tables, views or triggers of somebody else: those act when it is read
+        or written.
+        """
+        if not self._version():
+            return  # empty, or of something else, as will be told
+        own = {statement.strip().rstrip(";") for step in UPGRADES for statement in statements(step)}
+        for kind, name, sql in self._db.execute("SELECT type, name, sql FROM sqlite_master"):
+            if not (sql is None or sql in own or name in WORD_TABLES or name.startswith("sqlite_")):
+                raise ClipmatchError(f"The file {self.path} holds a {kind} {name!r} that no index has; don't use it.")
+
     def _upgrade(self) -> None:
         if self._version() > len(UPGRADES):
             raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
@@ -569,6 +598,9 @@ COLUMN_NAMES = (
     "camera", "caption", "picture_hash",
 )  # fmt: skip
 COLUMNS = ", ".join(COLUMN_NAMES)
+KINDS: tuple[Any, ...] = (
+    bytes, str, bytes, int, int, int, int, int, str | None, float | None, float | None, str | None, str | None, int
+)  # fmt: skip
 
 
 def row_of(photo: Photo) -> tuple[Any, ...]:
@@ -586,9 +618,12 @@ def row_of(photo: Photo) -> tuple[Any, ...]:
 def photo_of(row: Sequence[Any]) -> Photo:
     """The values of `COLUMNS` -> a photograph."""
     path, _, digest, size, mtime, sidecar, width, height, taken, latitude, longitude, camera, caption, signed = row
-    moment = datetime.fromisoformat(taken) if taken else None
-    metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
-    return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
+    with making_sense():
+        if not all(isinstance(value, kind) for value, kind in zip(row, KINDS, strict=True)):
+            raise ValueError("a value is of another kind")
+        moment = datetime.fromisoformat(taken) if taken else None
+        metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
+        return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
 
 
 def statements(script: str) -> Iterator[str]:
@@ -648,6 +683,16 @@ def reading_errors(path: Path) -> Iterator[None]:
         raise ClipmatchError(
             f"The index {path} is damaged ({error}); delete it and index the folders again."
         ) from error
+
+
+@contextmanager
+def making_sense(path: Path | None = None) -> Iterator[None]:
+    """What can't be made of stored values, in one sentence."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = f"The index {path}" if path else "The index"
+        raise ClipmatchError(f"{where} is damaged ({error}); delete it and index the folders again.") from error
 
 
 def note(text: str) -> None:
