@@ -30,8 +30,9 @@ torch.set_num_threads(1)  # models this small lose more by sharing out their wor
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Each test has a cache of its own, and so do the programs that it starts."""
+    """Each test has a cache of its own, and a place for a person's data; and so do the programs that it starts."""
     monkeypatch.setenv("CLIPMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     return tmp_path / "cache"
 
 

@@ -24,6 +24,7 @@ from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
+from clipmatch.leave import give
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
 from clipmatch.remote import address_of, is_remote
@@ -138,6 +139,7 @@ class Index:
                 self.store.bind(name_of(embedder))
             for root in roots:
                 self.store.add_root(root)
+            give(self.store.path, [root.path for root in roots])
             if not (roots or self.store.roots()):
                 raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR")
             summary = update(self.store, embedder, roots or self.store.roots(), progress)

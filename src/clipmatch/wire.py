@@ -7,7 +7,7 @@ Knows nothing of HTTP. A photograph's path is shown, never taken: clients name p
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -22,6 +22,7 @@ from clipmatch.store import Filter
 
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
+Named: TypeAlias = "Callable[[Path], str]"
 Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # the number of a photograph
 
 
@@ -42,9 +43,8 @@ class Where(Strict):
     has_caption: bool = False
     folder: str | None = Field(default=None, max_length=10 * LONGEST)
 
-    def filter(self, roots: list[Path]) -> Filter:
-        """The same for an index with these folders. Raises KeyError for a folder that is none of them."""
-        folders = {printable(root): root for root in roots}
+    def filter(self, folders: Mapping[str, Path]) -> Filter:
+        """The same for an index with these folders, by name. Raises KeyError for a folder that is none of them."""
         return Filter(
             folders=(folders[self.folder],) if self.folder else (),
             after=datetime.combine(self.after, time()) if self.after else None,
@@ -79,11 +79,11 @@ class Question(Listing):
     min_confidence: float | None = Field(default=None, ge=0, le=1)
     hybrid: bool = False
 
-    def request(self, roots: list[Path], sentence: bool) -> Request:
+    def request(self, folders: Mapping[str, Path], sentence: bool) -> Request:
         """How to search for it. sentence: whether that is one and nothing else."""
         return Request(
             exclude=tuple(text.strip() for text in self.exclude if text.strip()),
-            where=self.where.filter(roots),
+            where=self.where.filter(folders),
             top_k=self.size,
             page=self.page,
             min_confidence=self.min_confidence if sentence else None,
@@ -216,13 +216,13 @@ class Statistics(BaseModel):
     formats: list[tuple[str, int]]
 
 
-def photo_values(number: int, photo: Photo) -> dict[str, Any]:
-    """The values of a `PhotoRow`. Stray bytes of names are shown escaped, for JSON can't hold them."""
+def photo_values(number: int, photo: Photo, named: Named) -> dict[str, Any]:
+    """The values of a `PhotoRow`. named: the path as clients may see it."""
     data, version = photo.metadata, photo.digest[:16]
     return {
         "id": number,
         "name": printable(photo.path.name),
-        "path": printable(photo.path),
+        "path": named(photo.path),
         "size": photo.stamp.size,
         "width": max(data.width, 1),
         "height": max(data.height, 1),
@@ -245,28 +245,28 @@ def data_url(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def photo_row(number: int, photo: Photo) -> PhotoRow:
+def photo_row(number: int, photo: Photo, named: Named) -> PhotoRow:
     """A photograph of the index."""
-    return PhotoRow(**photo_values(number, photo))
+    return PhotoRow(**photo_values(number, photo, named))
 
 
-def match_row(numbers: Mapping[Path, int], match: Match | None) -> MatchRow | None:
+def match_row(numbers: Mapping[Path, int], match: Match | None, named: Named) -> MatchRow | None:
     """A match; None if its photograph has just left the index."""
     number = numbers.get(match.path) if match else None
     if match is None or match.photo is None or number is None:
         return None
     return MatchRow(
-        **photo_values(number, match.photo),
+        **photo_values(number, match.photo, named),
         score=match.score,
         confidence=match.confidence,
         duplicates=len(match.duplicates),
     )
 
 
-def answer_of(store: PhotoStore, matches: Matches, size: int) -> Answer:
+def answer_of(store: PhotoStore, matches: Matches, size: int, named: Named) -> Answer:
     """A page of matches, of which `size` were asked for."""
     shown = matches or [matches.best] * (matches.best is not None)
     numbers = store.numbers_of(match.path for match in shown if match)
-    rows = [row for match in matches if (row := match_row(numbers, match))]
-    best = None if matches else match_row(numbers, matches.best)
+    rows = [row for match in matches if (row := match_row(numbers, match, named))]
+    best = None if matches else match_row(numbers, matches.best, named)
     return Answer(matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size)
