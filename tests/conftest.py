@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="clipmatch-tests-")  # what belongs to a person stays untouched
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # files side by side: threads of one for all cores would hold up the other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,9 +32,8 @@ torch.set_num_threads(1)  # models this small lose more by sharing out their wor
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Each test has a cache of its own, and a place for a person's data; and so do the programs that it starts."""
+    """Each test has a cache of its own, and so do the programs that it starts."""
     monkeypatch.setenv("CLIPMATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     return tmp_path / "cache"
 
 

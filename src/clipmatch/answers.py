@@ -121,6 +121,11 @@ def browse(service: Service, index: Index, listing: Listing) -> Answer:
     return Answer(matches=rows, best=None, searched=count, vetoed=0, more=more)
 
 
+def concept_rows(service: Service, index: Index) -> list[ConceptRow]:
+    """All that were taught."""
+    return [concept_row(service, index, concept) for concept in index.concepts()]
+
+
 def concept_row(service: Service, index: Index, concept: Any) -> ConceptRow:
     """A concept, with the first of its examples that is still there."""
     numbers = index.store.numbers_of(concept.examples)

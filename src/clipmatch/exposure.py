@@ -94,9 +94,7 @@ class View:
         """Context: the file of a photograph. Raises ImageError if it is gone, or may not be shown."""
         root = self.root_of(photo.path)
         if root is None:
-            raise ImageError(
-                photo.path, "it lies in no folder that may be shown; clipmatch serve has said how to allow it"
-            )
+            raise ImageError(photo.path, "it lies in no folder that may be shown; see clipmatch serve --show")
         try:
             inside = None if is_remote(photo.path) else locate(photo.path)
             if is_remote(photo.path):
@@ -119,17 +117,16 @@ def open_below(path: Path, root: Root) -> Iterator[IO[bytes]]:
     Raises ImageError, OSError or ValueError. Links out of the folder are followed only if it is indexed with them.
     """
     descriptor = os.open(path, FLAGS)  # without waiting for whoever writes into a pipe
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         opened = os.fstat(descriptor)
         if not stat.S_ISREG(opened.st_mode):
             raise ImageError(path, "it is not a regular file")
         if not root.follow_links:
-            real = Path(os.path.realpath(path))
-            found = os.stat(real, follow_symlinks=False)
+            real = path.resolve()
+            found = real.lstat()
             if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
                 raise ImageError(path, "it has just been changed")
-            if not real.is_relative_to(os.path.realpath(root.path)):
-                raise ImageError(
-                    path, "it is a link that leads out of the indexed folder; see clipmatch index --follow-links"
-                )
+            if not real.is_relative_to(root.path.resolve()):
+                why = "it is a link that leads out of the indexed folder; see clipmatch index --follow-links"
+                raise ImageError(path, why)
         yield file

@@ -237,9 +237,7 @@ async def paint(question: PaintQuestion, service: Shared) -> StreamingResponse:
 @api.get("/concepts")
 async def concepts(service: Shared) -> list[ConceptRow]:
     """What was taught."""
-    return await service.desk.ask(
-        lambda index: [answers.concept_row(service, index, concept) for concept in index.concepts()]
-    )
+    return await service.desk.ask(lambda index: answers.concept_rows(service, index))
 
 
 @api.post("/concepts", status_code=201)
@@ -259,7 +257,7 @@ async def rename_concept(name: str, new: NewName, service: Shared) -> list[Conce
 
     def ask(index: Index) -> list[ConceptRow]:
         index.rename_concept(name, new.name)
-        return [answers.concept_row(service, index, concept) for concept in index.concepts()]
+        return answers.concept_rows(service, index)
 
     return await service.back.ask(ask)
 
