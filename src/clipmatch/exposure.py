@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -95,19 +95,27 @@ class View:
         root = self.root_of(photo.path)
         if root is None:
             raise ImageError(photo.path, "it lies in no folder that may be shown; see clipmatch serve --show")
-        try:
-            inside = None if is_remote(photo.path) else locate(photo.path)
-            if is_remote(photo.path):
-                place = locate(photo.path)
-                size, modified = status_of(place[0] if place else photo.path)
-                yield Source(photo, modified == photo.stamp.mtime and (bool(place) or size == photo.stamp.size), None)
-                return
-            with open_below(inside[0] if inside else photo.path, root) as file:
-                status = os.fstat(file.fileno())
-                same = status.st_mtime_ns == photo.stamp.mtime and (bool(inside) or status.st_size == photo.stamp.size)
-                yield Source(photo, same, None if inside else file)
-        except (OSError, ValueError) as error:
-            raise ImageError(photo.path, plain_reason(error)) from error
+        with ExitStack() as stack:
+            try:
+                source = stack.enter_context(opened(photo, root))
+            except (OSError, ValueError) as error:
+                raise ImageError(photo.path, plain_reason(error)) from error
+            yield source
+
+
+@contextmanager
+def opened(photo: Photo, root: Root) -> Iterator[Source]:
+    """Context: the file of a photograph below a folder. Raises ImageError, OSError or ValueError."""
+    inside, known = locate(photo.path), photo.stamp
+    place = inside[0] if inside else photo.path
+    if is_remote(place):
+        size, modified = status_of(place)
+        yield Source(photo, modified == known.mtime and (bool(inside) or size == known.size), None)
+        return
+    with open_below(place, root) as file:
+        status = os.fstat(file.fileno())
+        same = status.st_mtime_ns == known.mtime and (bool(inside) or status.st_size == known.size)
+        yield Source(photo, same, None if inside else file)
 
 
 @contextmanager
