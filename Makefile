@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo browser test test-cluster lint bench notebook clean
+.PHONY: setup demo browser test test-cluster lint audit bench notebook clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src
+
+# Known vulnerabilities of the packages that are installed. Asks PyPI, so it is not part of the tests.
+audit: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 # Captioned photographs, such as Flickr8k: make bench DATA=path/to/flickr8k
 RESULTS := benchmarks/results

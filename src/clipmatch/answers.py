@@ -136,7 +136,7 @@ def concept_row(service: Service, index: Index, concept: Any) -> ConceptRow:
         precision=concept.precision,
         examples=len(concept.examples),
         others=len(concept.others),
-        cover=cover and cover.thumb,
+        cover=cover.thumb if cover else None,
     )
 
 
@@ -153,22 +153,29 @@ async def picture(service: Service, number: int, kind: Kind, request: Request) -
     client has it already.
     """
 
-    def draw() -> Response:
+    def at_hand() -> Response | None:
         with view.open(photo) as source:
-            head, same = freshness(photo, kind.name, source.same, request), source.same
-            if same and request.headers.get("if-none-match") == tag(photo, kind.name):
+            head = freshness(photo, kind.name, source.same, request)
+            if not source.same:
+                return None
+            if request.headers.get("if-none-match") == head["ETag"]:
                 return Response(status_code=304, headers=head)
-            if kind == FULL and view.originals and same and source.file and (form := shown_as(photo)):
+            if kind == FULL and view.originals and source.file and (form := shown_as(photo)):
                 return whole(source.file, photo, form, request)
-            data = kept(photo.digest, kind) if same else None
+            data = kept(photo.digest, kind)
+            return None if data is None else Response(data, media_type=kind.media_type, headers=head)
+
+    def drawn() -> Response:
+        with view.open(photo) as source:
+            data = kept(photo.digest, kind) if source.same else None  # by now: several may have waited for it
             if data is None:
                 data = service.decoders.draw(photo.path, kind, source.read())
-                if same:
+                if source.same:
                     keep(photo.digest, kind, data)
-            return Response(data, media_type=kind.media_type, headers=head)
+            return Response(data, media_type=kind.media_type, headers=freshness(photo, kind.name, source.same, request))
 
     photo, view = await service.desk.ask(lambda index: (index.store.photo(number), view_of(service, index)))
-    return await service.compute(draw, request)
+    return await asyncio.to_thread(at_hand) or await service.compute(drawn, request)
 
 
 def shown_as(photo: Photo) -> str | None:

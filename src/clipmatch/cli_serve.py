@@ -168,5 +168,6 @@ def address_of(host: str, port: int, token: str | None) -> str:
     """What to type in a browser."""
     from urllib.parse import quote
 
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    everywhere = host in ("0.0.0.0", "::")  # nosec B104
+    name = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")

@@ -81,7 +81,7 @@ def small_settings(out: Path, seed: int = 0, epochs: int = 11, **changes: Any) -
 
 def learn_tokenizer(rows: Sequence[CaptionedImage], vocab_size: int = 400) -> Tokenizer:
     """A WordPiece vocabulary learnt from captions, in BERT's manner: [CLS] words [SEP]."""
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))  # nosec B106
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 GONE, LEFT, BUSY = 404, 499, 503
-WAITING = 100  # questions that wait for one thread, or pictures for their turn; one more is told to come again
+WAITING = 400  # questions that wait for one thread, or pictures for their turn; one more is told to come again
 
 
 class Desk:

@@ -26,7 +26,7 @@ from clipmatch.store import Filter, ModelName
 FORMAT = "clipmatch"  # key of a table's metadata: the version of what follows
 VERSION = b"1"
 MODEL = "clipmatch.model"  # likewise: the model whose rows it holds
-TOKEN = "clipmatch.token"  # likewise: tells it from any other table that had its name
+TOKEN = "clipmatch.token"  # likewise: tells it from any other table that had its name  # nosec B105
 BITS = 53  # of a number: JSON's readers know no more
 STRAY = 0x100000  # from a stray byte of a file name, as Python has it, to a private character of Unicode, and back
 KEY = {"lance-schema:unenforced-primary-key": "true"}  # two writers that insert the same row at once: one tries again

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-CONNECTIONS = 256  # at once; one more is answered 503
+CONNECTIONS = 512  # at once, six of each browser; one more is answered 503
 CLIENTS = 4096  # whose rates are remembered
 RATE, BURST = 200.0, 1000.0  # requests a second of one client in the long run, and at once
 WRONG_RATE, WRONG_BURST = 1 / 3, 20.0  # wrong tokens: 20 at once, then one in three seconds

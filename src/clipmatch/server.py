@@ -35,7 +35,7 @@ from clipmatch.limits import CONNECTIONS, PromptProtocol
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, terms_of
-from clipmatch.renditions import FULL, THUMB, forget_unwanted
+from clipmatch.renditions import FULL, SHOWN, THUMB, forget_unwanted
 from clipmatch.studio import Studio
 from clipmatch.wire import (
     Answer,
@@ -45,6 +45,7 @@ from clipmatch.wire import (
     NewName,
     PaintQuestion,
     PhotoRow,
+    Problem,
     Question,
     Statistics,
     Status,
@@ -164,7 +165,25 @@ async def listing(request: Request) -> Response:
 
 # API ----------------------------------------------------------------------------------------------------------------
 
-api = APIRouter(prefix="/api")
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The question makes no sense, or can't be answered"},
+    401: {"model": Problem, "description": "The token is missing or wrong"},
+    403: {"model": Problem, "description": "Asked by another page, or under a strange name"},
+    404: {"model": Problem, "description": "It is not, or no longer, in the index; or its file can't be shown"},
+    411: {"model": Problem, "description": "The request does not say how long it is"},
+    413: {"model": Problem, "description": "The request is too large"},
+    415: {"model": Problem, "description": "The request is of another kind"},
+    422: {"model": Problem, "description": "The question is not of the form that is described"},
+    429: {"model": Problem, "description": "Asked too often"},
+    503: {"model": Problem, "description": "Too much to do; try again"},
+}
+api = APIRouter(prefix="/api", responses=PROBLEMS)
+
+
+def pictures(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """The description of an answer that is a picture, or word that the client has it already."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    return {200: {"content": content, "description": "The picture"}, 304: {"description": "It is the one named"}}
 
 
 async def find_service(request: Request) -> Service:
@@ -174,7 +193,7 @@ async def find_service(request: Request) -> Service:
 
 
 Shared = Annotated[Service, Depends(find_service)]
-Number = Annotated[int, Segment(ge=0, lt=1 << 63)]  # of a photograph
+Number = Annotated[int, Segment(ge=0, lt=1 << 53)]  # of a photograph
 
 
 @api.get("/status")
@@ -225,7 +244,7 @@ async def explain(question: WhyQuestion, service: Shared, request: Request) -> W
     return await service.compute(lambda: answers.why(service, query, photo, view), request)
 
 
-@api.post("/paint")
+@api.post("/paint", response_class=StreamingResponse, responses={200: {"content": {"application/x-ndjson": {}}}})
 async def paint(question: PaintQuestion, service: Shared) -> StreamingResponse:
     """Paint a sentence: lines of JSON, `PaintEvent`s and at last `Finished`, or {"detail": what went wrong}."""
     if service.studio is None:
@@ -305,13 +324,13 @@ async def photo(number: Number, service: Shared) -> PhotoRow:
     return await service.desk.ask(ask)
 
 
-@api.get("/photos/{number}/thumb", response_class=Response)
+@api.get("/photos/{number}/thumb", response_class=Response, responses=pictures("image/webp"))
 async def thumb(number: Number, service: Shared, request: Request) -> Response:
     """A small picture of a photograph."""
     return await answers.picture(service, number, THUMB, request)
 
 
-@api.get("/photos/{number}/full", response_class=Response)
+@api.get("/photos/{number}/full", response_class=Response, responses=pictures(*SHOWN.values()))
 async def full(number: Number, service: Shared, request: Request) -> Response:
     """The photograph: the file itself, or a JPEG of it if browsers don't know its format, or the file is not shown."""
     return await answers.picture(service, number, FULL, request)

@@ -12,7 +12,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from clipmatch.output import printable
 from clipmatch.photo import Photo
@@ -23,7 +23,11 @@ from clipmatch.store import Filter
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
 Named: TypeAlias = "Callable[[Path], str]"
-Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # the number of a photograph
+Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 53)]  # the number of a photograph
+# A camera's clock knows no zone, which the form that OpenAPI calls "date-time" has to have.
+Moment: TypeAlias = Annotated[datetime, WithJsonSchema({"type": "string", "title": "ISO 8601, without a zone"})]
+EITHER = {"anyOf": [{"type": "string"}, {"type": "number"}]}
+PAIR = WithJsonSchema({"type": "array", "minItems": 2, "maxItems": 2, "items": EITHER})  # as older tools read it too
 
 
 class Strict(BaseModel):
@@ -121,6 +125,12 @@ class PaintQuestion(Strict):
     n: int = Field(default=1, ge=1, le=16)
 
 
+class Problem(BaseModel):
+    """What went wrong, in a sentence."""
+
+    detail: str
+
+
 class PaintEvent(BaseModel):
     """A painting on its way. image: as it is after that step, as a data URL."""
 
@@ -141,8 +151,8 @@ class PhotoRow(BaseModel):
     size: int
     width: int
     height: int
-    taken: datetime | None
-    moment: datetime
+    taken: Moment | None
+    moment: Moment
     camera: str | None
     caption: str | None
     thumb: str
@@ -200,7 +210,7 @@ class Why(BaseModel):
     """image: the photograph with the heat over it, as a data URL. words: what each adds to the score."""
 
     image: str
-    words: list[tuple[str, float]]
+    words: list[Annotated[tuple[str, float], PAIR]]
     score: float
 
 
@@ -211,9 +221,9 @@ class Statistics(BaseModel):
     bytes: int
     captions: int
     failed: int
-    years: list[tuple[str, int]]
-    cameras: list[tuple[str, int]]
-    formats: list[tuple[str, int]]
+    years: list[Annotated[tuple[str, int], PAIR]]
+    cameras: list[Annotated[tuple[str, int], PAIR]]
+    formats: list[Annotated[tuple[str, int], PAIR]]
 
 
 def photo_values(number: int, photo: Photo, named: Named) -> dict[str, Any]:
