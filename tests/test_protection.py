@@ -231,6 +231,7 @@ def test_sentences_lose_the_folders_in_them():
     said = "The index /home/ann/My/photos.sqlite can't be used now (disk I/O error)."
     assert Exposure(originals=False).told(said) == "The index photos.sqlite can't be used now (disk I/O error)."
     assert Exposure().told(said) == said
+    assert Exposure(originals=False).told("Cannot read C:\\Users\\ann\\a.jpg.") == "Cannot read a.jpg."
     assert Exposure(originals=False).told("and/or; 3/4; see https://example.org/a/b") == (
         "and/or; 3/4; see https://example.org/a/b"
     )
@@ -330,6 +331,31 @@ def test_rates():
     assert rates.wait("b") == 0
     time.sleep(0.002)
     assert rates.wait("a") == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 500_000,
+        b'{"query":' * 100_000,
+        b'{"like": ' + b"9" * 100_000 + b"}",
+        b'{"like": 1e400}',
+        b'{"min_confidence": NaN}',
+        b'{"query": "' + b"a" * 900_000 + b'"}',
+        b'{"liked": [' + b"1," * 400_000 + b"1]}",
+        b'{"query": "a\\u0000b", "hybrid": true}',
+        b"\x00" * 1000,
+        b"",
+    ],
+)
+def test_bodies_that_are_meant_to_hurt(client, body):
+    began = time.monotonic()
+    answer = client.post("/api/search", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400, 404, 422)
+    assert time.monotonic() - began < 3
+    form = {"files": {"image": ("x.png", png((8, 6)))}, "data": {"question": body[:200_000].decode()}}
+    answer = client.post("/api/search-image", headers={"X-Clipmatch": "1"}, **form)
+    assert answer.status_code in (200, 400, 404, 422)
 
 
 def test_origins_that_are_no_addresses(client):

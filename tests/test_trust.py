@@ -255,6 +255,12 @@ def test_values_that_make_no_sense(stranger, photos, changes, said):
         find_matches("a dog", model=stranger, images=photos, progress=False)
 
 
+@pytest.mark.parametrize("name", ["a/..", "../b", "a/b\0c", "a b/c", "http:/x", "a/b?c", "-a/b", "a/%2e%2e", "a//b"])
+def test_names_that_are_none_of_the_hub(name):
+    with pytest.raises(ClipmatchError):
+        load_model(name)
+
+
 def test_settings_that_lead_elsewhere(towers, model_folder, tmp_path):
     for number, (file, values, said) in enumerate(
         [

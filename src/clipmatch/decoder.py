@@ -45,9 +45,7 @@ class Decoder:
 
     def ask(self, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         """A task and the bytes of a file -> the answer's head and bytes. Raises ValueError with the reason."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = start()
-        process, self._late = self._process, False
+        process, self._late = self._running(), False
         assert process.stdin is not None
         assert process.stdout is not None
         timer = Timer(PATIENCE, self._kill_late)
@@ -64,6 +62,15 @@ class Decoder:
         if "reason" in head:
             raise ValueError(head["reason"])
         return head, found
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            try:
+                self._process = start()
+            except OSError as error:
+                raise ValueError(f"no process can be started to decode it ({error.strerror})") from error
+        return self._process
 
     def _kill_late(self) -> None:
         self._late = True
@@ -161,11 +168,12 @@ def start() -> subprocess.Popen[bytes]:
 def confine() -> None:
     """Take from this process what decoding does without; Windows has no such limits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the pipe
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with contextlib.suppress(ImportError):
         import resource
 
         for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-            resource.setrlimit(what, (most, most))
+            with contextlib.suppress(ValueError, OSError):  # macOS knows the first by name only
+                resource.setrlimit(what, (most, most))
 
 
 def answer(task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:

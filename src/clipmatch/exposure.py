@@ -26,7 +26,7 @@ from clipmatch.remote import is_remote, status_of
 from clipmatch.store import Root
 
 LARGEST = 1 << 29  # bytes of a photograph's file that are read: RAW files have a fifth
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+")
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+|\b[A-Za-z]:\\(?:[^\\\s'\"]+\\)+")
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
