@@ -141,7 +141,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         (name for name in ("model", "preprocess", "about") if not isinstance(values.get(name, {}), dict)), None
     )
     if wrong or not FINGERPRINT.fullmatch(str(values["fingerprint"])):
-        raise ClipmatchError(f"The file {path} has a wrong {wrong or 'fingerprint'}; copy the model again.")
+        why = f"{CONFIG} has a wrong {wrong or 'fingerprint'}"
+        raise ClipmatchError(f"The model folder {folder} is damaged ({why}); copy it again.")
     return values
 
 
