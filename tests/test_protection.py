@@ -22,13 +22,14 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from clipmatch import decoder
+from clipmatch import decoder, limits
 from clipmatch.cli import main
 from clipmatch.decoder import Decoders
+from clipmatch.desk import WAITING
 from clipmatch.exposure import Exposure
 from clipmatch.index import Index
 from clipmatch.limits import Rates
-from clipmatch.preprocess import ImageError
+from clipmatch.preprocess import MAX_PIXELS, ImageError
 from clipmatch.renditions import FULL
 from clipmatch.server import make_app
 
@@ -320,6 +321,21 @@ def test_guessing_the_token_is_slow(shared, embedded):
         assert guesses == [401] * 20 + [429] * 5
         late = client.get("/api/status", headers=TOKEN)  # who has guessed learns nothing even when right
         assert (late.status_code, late.headers["retry-after"]) == (429, "3")
+
+
+def test_the_limits_are_those_that_are_said():
+    said = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for sentence in (
+        f"{limits.RATE:.0f} a second, {limits.BURST:,.0f} at once",
+        f"{limits.WRONG_BURST:.0f} at once, then one in {1 / limits.WRONG_RATE:.0f} seconds",
+        f"{limits.HEAD_SECONDS:.0f} s, {limits.BODY_SECONDS:.0f} s, {limits.SEND_SECONDS:.0f} s",
+        f"{limits.QUESTION >> 20} MB; {limits.LARGEST >> 20} MB; {limits.IN_FLIGHT >> 20} MB",
+        f"| connections | {limits.CONNECTIONS} |",
+        f"| questions or pictures that wait | {WAITING} |",
+        f"{decoder.SENT // 1_000_000} million; {MAX_PIXELS // 1_000_000} million",
+        f"{decoder.PATIENCE:.0f} s, {decoder.MEMORY >> 30} GB of addresses",
+    ):
+        assert sentence in said
 
 
 def test_rates():
