@@ -6,6 +6,7 @@ In: rows of figures. Out: files in the run's folder that grow with it. Knows not
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from clipmatch.atomic import atomic_file
 from clipmatch.data import CaptionSet
+from clipmatch.errors import ClipmatchError, unwritable
 from clipmatch.runtime import is_first_process
 
-LOG = "log.jsonl"
+LOG, LOCK = "log.jsonl", ".lock"
 
 
 def note(text: str) -> None:
@@ -66,16 +68,17 @@ class RunLog:
     """log.jsonl and TensorBoard, written as the run goes; without a folder, rows are only remembered."""
 
     def __init__(self, out: Path | None, history: list[dict[str, Any]]):
-        self.history = history
+        self.history, self.out = history, out or Path()
         self.file = self.board = None
         if out is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / LOG
-        with atomic_file(path) as draft:  # a run that is killed here keeps its log
-            draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+        with writing(out):
+            with atomic_file(path) as draft:  # a run that is killed here keeps its log
+                draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
         last = history[-1]["step"] if history else 0
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)  # type: ignore[no-untyped-call]
 
@@ -109,8 +112,15 @@ class RunLog:
         """Append one line."""
         self.history.append(row)
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            with writing(self.out):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+
+    def to_disk(self) -> None:
+        """Wait until the disk has all rows: before a save that counts on them."""
+        if self.file:
+            with writing(self.out):
+                os.fsync(self.file.fileno())
 
 
 def read_history(run: str | Path) -> list[dict[str, Any]]:
@@ -118,5 +128,41 @@ def read_history(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run) / LOG
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last line break: nothing, or a line cut off by a kill
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # what follows was cut off
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a power cut can leave zeros where a line was to be
+            break
+    return rows
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Context: whatever can't be written into a run's folder, in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(f"The run in {out}", error, "see that its folder can be written") from error
+
+
+@contextmanager
+def one_run(out: Path) -> Iterator[None]:
+    """Context: for as long as one process trains into a folder, no other does; it is made if it is not there.
+
+    Raises ClipmatchError if another does, or the folder can't be written. The lock goes with its process.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / LOCK)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ClipmatchError(f"Another clipmatch is training in {out}; wait for it, or choose another --out.") from None
+    except OSError as error:
+        raise unwritable(f"The folder {out}", error, "choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,20 +4,24 @@ In: photographs with their vectors; paths that are gone; a `Filter`; concepts. O
 words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
 photographs, d numbers a row.
 
-SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
+SQLite because it survives `kill -9` and power cuts, lets many read while one writes (write-ahead log), and is already there. A vector
 belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
 the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+
+A file that can't be written is read. From its version on an older clipmatch knows that it can't read it, and from NEEDS
+which one can.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.errors import ClipmatchError, Failure
+from clipmatch.errors import ClipmatchError, Failure, newer, own_version, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.teaching import Concept
 
@@ -72,7 +76,9 @@ UPGRADES = (
     ) WITHOUT ROWID;
     """,
 )
+NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 PATIENCE = 30  # seconds that a transaction waits for another process's
+FULL, READ_ONLY, LOCKED = "disk is full", "readonly database", "database is locked"  # as SQLite says it
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
@@ -165,7 +171,7 @@ class Store:
         except OSError as error:
             raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
         with reading_errors(path):
-            connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
+            connection = connect(path)
         store = cls(path, connection)
         try:
             with reading_errors(path):
@@ -201,14 +207,21 @@ class Store:
         """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._all_or_nothing():
                 yield
                 if photographs:
                     self._set("content", os.urandom(16).hex())
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Commit what is done within; on an error, that of the commit too, as on a full disk, undo it."""
+        try:
+            yield
             self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # of some errors SQLite itself has undone it
+                self._db.execute("ROLLBACK")
+            raise
 
     # What it is about
 
@@ -478,10 +491,12 @@ class Store:
 
     def rename_concept(self, old: str, new: str) -> bool:
         """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
-        taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
-        if taken and old.casefold() != new.casefold():
-            raise ClipmatchError(f"There is a concept @{taken[0]} already; remove it first, or choose another name.")
         with self.writing(photographs=False):
+            taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
+            if taken and old.casefold() != new.casefold():
+                raise ClipmatchError(
+                    f"There is a concept @{taken[0]} already; remove it first, or choose another name."
+                )
             return self._db.execute("UPDATE concepts SET name = ? WHERE name = ?", (new, old)).rowcount > 0
 
     def forget_concept(self, name: str) -> bool:
@@ -523,10 +538,8 @@ class Store:
             return
         with reading_errors(self.path):
             self._db.execute("BEGIN")
-            try:
+            with self._all_or_nothing():
                 yield
-            finally:
-                self._db.execute("COMMIT")
 
     def _read(self, question: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows that answer a question."""
@@ -545,7 +558,9 @@ class Store:
 
     def _upgrade(self) -> None:
         if self._version() > len(UPGRADES):
-            raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
+            with suppress(sqlite3.Error, ClipmatchError):
+                raise newer(f"The index {self.path}", self._get(NEEDS))
+            raise newer(f"The index {self.path}", None)
         if self._version() == len(UPGRADES):
             self._get("content")  # a database that has these numbers by chance lacks this table
             return
@@ -553,15 +568,12 @@ class Store:
             raise ClipmatchError(f"The file {self.path} is a database of something else, no index; name another.")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("BEGIN IMMEDIATE")
-        try:  # not executescript, which would commit after each step
+        with self._all_or_nothing():  # not executescript, which would commit after each step
             for step in UPGRADES[self._version() :]:
                 for statement in statements(step):
                     self._db.execute(statement)
+            self._set(NEEDS, own_version())
             self._db.execute(f"PRAGMA user_version = {len(UPGRADES)}")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 COLUMN_NAMES = (
@@ -601,6 +613,30 @@ def statements(script: str) -> Iterator[str]:
             text = ""
 
 
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection to an index file; to one in a folder that can't be written, one that only reads.
+
+    There SQLite can't make the small file by which readers and writers know of each other. Where no writer has left
+    anything, none is there, so it may take the file for one that does not change.
+    """
+    connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # what is committed survives a power cut
+        connection.execute("PRAGMA user_version")  # the first look into it
+        return connection
+    except sqlite3.OperationalError:
+        connection.close()
+        if not path.is_file() or os.access(path.parent, os.W_OK):
+            raise
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise ClipmatchError(
+            f"The folder {path.parent} can't be written, and the index {path.name} has not taken in yet what lies in "
+            f"{log.name}; copy both to another folder."
+        )
+    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None)
+
+
 def check_model(store: PhotoStore, embedder: Embedder) -> None:
     """Raise ClipmatchError if the store holds another model's vectors."""
     from clipmatch.storage import default_index
@@ -631,6 +667,8 @@ def one_writer(path: Path, wait: bool) -> Iterator[None]:
             raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
         note(f"Another clipmatch is writing the index {path}; waiting for it.")
         lock.acquire()
+    except OSError as error:
+        raise unwritable(f"The index {path}", error, "name one in a folder of yours with --index") from error
     try:
         yield
     finally:
@@ -643,7 +681,12 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
+        said = str(error)
+        for words, number in ((FULL, errno.ENOSPC), (READ_ONLY, errno.EROFS)):
+            if words in said:
+                raise unwritable(f"The index {path}", OSError(number, os.strerror(number))) from error
+        reason = f"another program has held it for {PATIENCE} seconds; end that, and try again"
+        raise ClipmatchError(f"The index {path} can't be used now ({reason if LOCKED in said else said}).") from error
     except sqlite3.DatabaseError as error:
         raise ClipmatchError(
             f"The index {path} is damaged ({error}); delete it and index the folders again."
