@@ -1,6 +1,7 @@
 """What a person is meant to read of things that went wrong: the one exception, and files that can't be used."""
 
 import errno
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +38,15 @@ def unwritable(what: object, error: OSError, otherwise: str = "choose another pl
 
 def newer(what: str, needs: object) -> ClipmatchError:
     """The sentence for what a newer clipmatch has written. needs: the version that can read it, if that is known."""
-    can = f"it takes version {needs} or a later one" if needs else "upgrade this one"
-    wish = f"clipmatch>={needs}" if needs else "clipmatch"
+    known = isinstance(needs, str) and re.fullmatch(r"[\w.+!-]{1,40}", needs)
+    can, wish = (f"it takes {needs} or later", f"clipmatch>={needs}") if known else ("upgrade this one", "clipmatch")
     return ClipmatchError(
-        f'{what} is from a newer clipmatch than this ({own_version()}); {can}: pip install -U "{wish}"'
+        f'{what} is from a newer clipmatch, and this is {own_version()}; {can}: pip install -U "{wish}"'
     )
 
 
 def own_version() -> str:
-    """This clipmatch's."""
+    """The version of this clipmatch."""
     from importlib.metadata import version
 
     return version("clipmatch")

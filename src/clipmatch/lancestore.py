@@ -34,12 +34,13 @@ from lancedb.query import ColumnOrdering, MatchQuery
 from numpy.typing import NDArray
 
 from clipmatch import approximate
-from clipmatch.errors import ClipmatchError, Failure, reason_of
+from clipmatch.errors import ClipmatchError, Failure, newer, reason_of
 from clipmatch.lancerows import (
     CONCEPTS,
     FAILURES,
     FORMAT,
     MODEL,
+    NEEDS,
     PHOTO,
     ROOTS,
     TOKEN,
@@ -100,7 +101,8 @@ class LanceStore:
         if found is None:
             raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
         if int(found) > int(VERSION):
-            raise ClipmatchError(f"The index {path} is from a newer clipmatch; upgrade this one.")
+            needs = store._table("roots").schema.metadata.get(NEEDS.encode(), b"").decode()
+            raise newer(f"The index {path}", needs)
         return store
 
     def __enter__(self) -> LanceStore:

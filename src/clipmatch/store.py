@@ -4,9 +4,9 @@ In: photographs with their vectors; paths that are gone; a `Filter`; concepts. O
 words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
 photographs, d numbers a row.
 
-SQLite because it survives `kill -9` and power cuts, lets many read while one writes (write-ahead log), and is already there. A vector
-belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
-the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+SQLite because it survives `kill -9` and power cuts, lets many read while one writes (write-ahead log), and is already
+there. A vector belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be
+filled in while the first still answers. Whatever is derived from this file (vectors.py) can be lost.
 
 A file that can't be written is read. From its version on an older clipmatch knows that it can't read it, and from NEEDS
 which one can.
@@ -558,9 +558,10 @@ class Store:
 
     def _upgrade(self) -> None:
         if self._version() > len(UPGRADES):
-            with suppress(sqlite3.Error, ClipmatchError):
-                raise newer(f"The index {self.path}", self._get(NEEDS))
-            raise newer(f"The index {self.path}", None)
+            needs = None
+            with suppress(ClipmatchError):  # it may keep that elsewhere
+                needs = self._get(NEEDS)
+            raise newer(f"The index {self.path}", needs)
         if self._version() == len(UPGRADES):
             self._get("content")  # a database that has these numbers by chance lacks this table
             return
