@@ -4,7 +4,8 @@ In: an index file. Out: a FastAPI application: `/api/...` (described at /openapi
 in `web/`. Only photographs of the index are ever read, and clients name them by number. Needs the extra `serve`.
 
 SQLite's connections belong to threads, so the index is open in two of them that share the model: one answers, the other
-does what may take long. The index may change meanwhile: each question sees it as it is then.
+does what may take long. The index may change meanwhile: each question sees it as it is then. If it changes over to
+another model, the server follows; if another file takes its place, that is opened.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import numpy as np
@@ -31,7 +33,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from clipmatch.archive import locate
-from clipmatch.embedder import BatchedEmbedder, Embedder
+from clipmatch.embedder import BatchedEmbedder, Embedder, load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.prompts import parse_prompts
 from clipmatch.guard import Guard
@@ -44,6 +46,7 @@ from clipmatch.query import Query, Term, terms_of
 from clipmatch.remote import is_remote
 from clipmatch.renditions import FULL, SHOWN, THUMB, Kind, forget_unwanted, is_unchanged, render
 from clipmatch.runtime import usable_cores
+from clipmatch.store import OtherModel
 from clipmatch.studio import Studio, file_of
 from clipmatch.wire import (
     Answer,
@@ -78,25 +81,30 @@ GROUPS = 500  # of near-duplicates that are listed
 NEAREST = 12  # photographs that are shown beside a painting
 VALUES = 30  # cameras and formats that are listed
 GONE = 404
+CHANGED = "The index was changed over to another model just now; ask again."
 
 
 class Desk:
     """An index and the one thread that asks it."""
 
-    def __init__(self, path: Path | str, embedder: Embedder):
-        self._path, self._embedder = path, embedder
+    def __init__(self, path: Path | str, service: Service):
+        self._path, self._service = path, service
         self._thread = ThreadPoolExecutor(1, "index")
         self._index: Index | None = None
+        self._file: tuple[int, int] | None = None
 
     async def ask(self, question: Callable[[Index], Result]) -> Result:
         """What the index answers. Raises HTTPException if a photograph is not, or no longer, in it."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, question)
 
     def _answer(self, question: Callable[[Index], Result]) -> Result:
-        if self._index is None:
-            self._index = Index.open(self._path, self._embedder)
+        index = self._opened()
         try:
-            return question(self._index)
+            return question(index)
+        except OtherModel as error:
+            self._service.follow(index)
+            self._close()
+            raise ClipmatchError(CHANGED) from error
         except KeyError as error:
             raise HTTPException(GONE, f"{error.args[0]!r} is not in the index; it may have changed.") from error
 
@@ -105,9 +113,19 @@ class Desk:
         self._thread.submit(self._close)
         self._thread.shutdown()
 
+    def _opened(self) -> Index:
+        """The index that lies there now: to go on with one that was moved away or replaced could damage it."""
+        file = file_at(self._path)
+        if self._index is not None and file != self._file:
+            self._close()
+        if self._index is None:
+            self._index, self._file = Index.open(self._path, self._service.embedder, create=False), file
+        return self._index
+
     def _close(self) -> None:
         if self._index is not None:
             self._index.close()
+            self._index = None
 
 
 class Service:
@@ -115,8 +133,26 @@ class Service:
 
     def __init__(self, path: Path | str, embedder: Embedder, studio: Studio | None):
         self.embedder, self.studio = embedder, studio
-        self.desk, self.back = Desk(path, embedder), Desk(path, embedder)
+        self.desk, self.back = Desk(path, self), Desk(path, self)
         self.turns = asyncio.Semaphore(usable_cores())
+        self._following = Lock()
+
+    def follow(self, index: Index) -> None:
+        """Load the model that the index was changed over to. Raises ClipmatchError if it can't be loaded."""
+        with self._following:
+            bound = index.store.model
+            if bound and bound.fingerprint != self.embedder.fingerprint:
+                self.embedder = load_model(bound.name)
+
+    async def find_by(self, embedder: Embedder, row: NDArray[np.float32], question: Question) -> Answer:
+        """What matches the row [d] of a picture that was embedded by a model, if that is still the index's."""
+
+        def ask(index: Index) -> Answer:
+            if index.embedder is not embedder:
+                raise ClipmatchError(CHANGED)
+            return find(index, question, row)
+
+        return await self.desk.ask(ask)
 
     async def compute(self, work: Callable[[], Result], request: Request) -> Result:
         """Do something in a thread when it is its turn, unless the client has gone by then."""
@@ -259,9 +295,9 @@ async def search_image(
 ) -> Answer:
     """The same, by a picture that is sent: a form with `image` and, as JSON, `question`."""
     asked = Question.model_validate_json(question)
-    data, suffix = await image.read(), Path(image.filename or "").suffix.lower()
-    row = await service.compute(lambda: embed(service.embedder, data, suffix), request)
-    return await service.desk.ask(lambda index: find(index, asked, row))
+    data, suffix, embedder = await image.read(), Path(image.filename or "").suffix.lower(), service.embedder
+    row = await service.compute(lambda: embed(embedder, data, suffix), request)
+    return await service.find_by(embedder, row, asked)
 
 
 @api.get("/photos/{number}/similar")
@@ -474,8 +510,9 @@ async def painting(service: Service, studio: Studio, question: PaintQuestion) ->
 async def finished(service: Service, painted: Painted) -> Finished:
     """A painting, beside the photographs that the index finds nearest to it."""
     data = await asyncio.to_thread(file_of, painted)
-    row = await asyncio.to_thread(embed, service.embedder, data, ".png")
-    found = await service.desk.ask(lambda index: find(index, Question(size=NEAREST), row))
+    embedder = service.embedder
+    row = await asyncio.to_thread(embed, embedder, data, ".png")
+    found = await service.find_by(embedder, row, Question(size=NEAREST))
     image = data_url(data, "image/png")
     return Finished(image=image, score=painted.score, seed=int(painted.facts["seed"]), nearest=found.matches)
 
@@ -489,6 +526,15 @@ def why(embedder: Embedder, query: Query, photo: Photo) -> Why:
     found.picture(1280).convert("RGB").save(buffer, "jpeg", quality=85)
     image = data_url(buffer.getvalue(), "image/jpeg")
     return Why(image=image, words=[(word, float(change)) for word, change in found.words], score=float(found.score))
+
+
+def file_at(path: Path | str) -> tuple[int, int] | None:
+    """Which file or folder lies there; None of an address, or if there is none."""
+    try:
+        found = None if isinstance(path, str) else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_dev, found.st_ino)
 
 
 def root_paths(index: Index) -> list[Path]:

@@ -638,8 +638,12 @@ def connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
+class OtherModel(ClipmatchError):
+    """The store holds the vectors of another model; perhaps it was changed over a moment ago."""
+
+
 def check_model(store: PhotoStore, embedder: Embedder) -> None:
-    """Raise ClipmatchError if the store holds another model's vectors."""
+    """Raise OtherModel if the store holds another model's vectors."""
     from clipmatch.storage import default_index
 
     bound = store.model
@@ -649,7 +653,7 @@ def check_model(store: PhotoStore, embedder: Embedder) -> None:
         change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
         search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
         old = "" if bound.name else " in the version of clipmatch that made it"
-        raise ClipmatchError(
+        raise OtherModel(
             f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )
