@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def problem_of(work: Work, folder: Path) -> str:
     """What keeps a folder from being opened; "" if nothing does. Half a thing is a problem too."""
     try:
         if work.stored is rows_in and (folder / STORE).is_file():
-            with sqlite3.connect(folder / STORE, timeout=30) as connection:
+            with closing(sqlite3.connect(folder / STORE, timeout=30)) as connection:
                 (state,) = connection.execute("PRAGMA integrity_check").fetchone()
                 if state != "ok":
                     return str(state)

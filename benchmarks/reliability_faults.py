@@ -165,7 +165,7 @@ def small_disk(place, kilobytes):
         yield place if made.returncode == 0 else None
     finally:
         if made.returncode == 0:
-            subprocess.run(["umount", place], check=True)
+            subprocess.run(["umount", "--lazy", place], check=True)
         place.rmdir()
 
 

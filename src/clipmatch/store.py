@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.atomic import new_draft
 from clipmatch.errors import ClipmatchError, Failure, newer, own_version, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.teaching import Concept
@@ -78,7 +79,8 @@ UPGRADES = (
 )
 NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 PATIENCE = 30  # seconds that a transaction waits for another process's
-FULL, READ_ONLY, LOCKED = "disk is full", "readonly database", "database is locked"  # as SQLite says it
+SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
+FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
@@ -153,9 +155,9 @@ def below(folder: Path) -> tuple[str, list[Any]]:
 class Store:
     """One index file. `Store.open` makes or opens it; close it, or use it in a `with` statement."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
+    def __init__(self, path: Path, connection: sqlite3.Connection, obstacle: OSError | None = None):
         self.path = path
-        self._db = connection
+        self._db, self._obstacle = connection, obstacle
 
     @classmethod
     def open(cls, path: str | Path, create: bool = False) -> Store:
@@ -171,8 +173,8 @@ class Store:
         except OSError as error:
             raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
         with reading_errors(path):
-            connection = connect(path)
-        store = cls(path, connection)
+            connection, obstacle = connect(path)
+        store = cls(path, connection, obstacle)
         try:
             with reading_errors(path):
                 store._upgrade()
@@ -205,6 +207,8 @@ class Store:
     @contextmanager
     def writing(self, photographs: bool = True) -> Iterator[None]:
         """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
+        if self._obstacle:
+            raise unwritable(f"The index {self.path}", self._obstacle)
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             with self._all_or_nothing():
@@ -614,28 +618,41 @@ def statements(script: str) -> Iterator[str]:
             text = ""
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection to an index file; to one in a folder that can't be written, one that only reads.
+def connect(path: Path) -> tuple[sqlite3.Connection, OSError | None]:
+    """A connection to an index file; where nothing can be written beside it, one that only reads, and why.
 
     There SQLite can't make the small file by which readers and writers know of each other. Where no writer has left
-    anything, none is there, so it may take the file for one that does not change.
+    anything, none is there, so it may take the index for one that does not change.
     """
     connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
     try:
         connection.execute("PRAGMA synchronous = FULL")  # what is committed survives a power cut
         connection.execute("PRAGMA user_version")  # the first look into it
-        return connection
+        return connection, None
     except sqlite3.OperationalError:
         connection.close()
-        if not path.is_file() or os.access(path.parent, os.W_OK):
+        obstacle = obstacle_in(path.parent)
+        if obstacle is None:
             raise
+    if not path.is_file() or not path.stat().st_size:
+        raise unwritable(f"The index {path}", obstacle)
     log = path.with_name(f"{path.name}-wal")
     if log.is_file() and log.stat().st_size:
         raise ClipmatchError(
-            f"The folder {path.parent} can't be written, and the index {path.name} has not taken in yet what lies in "
-            f"{log.name}; copy both to another folder."
+            f"The index {path} has yet to take in what lies in {log.name}, and nothing can be written there "
+            f"({obstacle.strerror}); make that possible, or copy both to another folder."
         )
-    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None)
+    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None), obstacle
+
+
+def obstacle_in(folder: Path) -> OSError | None:
+    """What keeps a small file from being written in a folder; None if nothing does."""
+    try:
+        with new_draft(folder) as draft:
+            draft.write_bytes(bytes(SHARED))
+    except OSError as error:
+        return error
+    return None
 
 
 class OtherModel(ClipmatchError):
@@ -686,12 +703,14 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        said = str(error)
-        for words, number in ((FULL, errno.ENOSPC), (READ_ONLY, errno.EROFS)):
-            if words in said:
-                raise unwritable(f"The index {path}", OSError(number, os.strerror(number))) from error
-        reason = f"another program has held it for {PATIENCE} seconds; end that, and try again"
-        raise ClipmatchError(f"The index {path} can't be used now ({reason if LOCKED in said else said}).") from error
+        if LOCKED in str(error):
+            raise ClipmatchError(
+                f"Another program has held the index {path} for {PATIENCE} seconds; end that, and try again."
+            ) from error
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if FULL in str(error) else None
+        if obstacle := full or obstacle_in(path.parent):
+            raise unwritable(f"The index {path}", obstacle) from error
+        raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
     except sqlite3.DatabaseError as error:
         raise ClipmatchError(
             f"The index {path} is damaged ({error}); delete it and index the folders again."
