@@ -206,11 +206,12 @@ def fill(work, disk, whole, size):
     before = work.stored(folder)
     done = run(work.command(folder), folder)
     told = sentence(done)
-    found = {"failed": done.returncode != 0, "told": told or done.stderr[-1000:], "problem": problem_of(work, folder)}
+    found = {"failed": done.returncode != 0, "told": told or done.stderr[-1000:]}
+    remount(disk, "size=1g")
+    found["problem"] = problem_of(work, folder)
     after = {} if found["problem"] else work.stored(folder)
     found["kept"] = all(held(work, key, value, after) for key, value in before.items()) and not found["problem"]
     found["clear"] = bool(told and "No space left" in told) if found["failed"] else after == whole
-    remount(disk, "size=1g")
     again = run(work.command(folder), folder)
     found["completes"] = again.returncode == 0 or is_done(work, again)
     found["equal"] = work.stored(folder) == whole
@@ -239,7 +240,7 @@ def full(works, place):
     return result
 
 
-def read_only(works, place, scenes):
+def read_only(works, place):
     """An index and a run on a disk that can only be read -> by command: its status and what it said."""
     with small_disk(place / "disk", 2**20) as disk:
         if disk is None:
@@ -429,7 +430,7 @@ def main():
                 result["kills"] = {**result.get("kills", {}), **kills(chosen, place, options)}
             elif part == "disks":
                 result["full disk"] = full(chosen, place)
-                result["read-only"] = read_only(works, place, place / "scenes")
+                result["read-only"] = read_only(works, place)
                 result["clock"] = clock(chosen, place)
             else:
                 result["order"] = order(chosen, place)

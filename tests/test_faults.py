@@ -228,12 +228,25 @@ def test_a_full_disk_leaves_the_plan_of_a_run(disk, scenes):
     with filled(disk):
         with pytest.raises(ClipmatchError, match=r"The run in .* can't be written \(No space left.*make room"):
             write_plan(run, splits, splits, TrainConfig(out=str(run)))
-        with (
-            pytest.raises(ClipmatchError, match=r"The run in .* can't be written \(No space left"),
-            RunLog(run, []) as log,
-        ):
-            log.write({"step": 1, "text": "x" * 9000})
+        with pytest.raises(ClipmatchError, match=r"The run in .* can't be written \(No space left"):
+            RunLog(run, [])
     assert (run / "train.json").read_text() == before
+
+
+def test_a_run_on_a_disk_that_fills_up_ends_with_one_sentence_and_goes_on(disk, scenes, model_folder):
+    """Also TensorBoard's thread, which would print a traceback."""
+    command = [sys.executable, "-m", "clipmatch.cli", "train", "--out", str(disk / "run")]
+    options = ["--captions", scenes, "--model", model_folder, "--epochs", "1", "--batch-size", "20"]
+    subprocess.run(["mount", "-o", "remount,size=200k", disk], check=True)
+    done = subprocess.run(list(map(str, [*command, *options])), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "(No space left on device); make room there and try again." in done.stderr.splitlines()[-1]
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    resumed = ["--resume"] if (disk / "run" / "last").exists() else options
+    done = subprocess.run(list(map(str, [*command, *resumed])), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert is_finished(disk / "run")
 
 
 def test_a_full_disk_leaves_exported_concepts(disk):

@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,17 +79,25 @@ class RunLog:
         with writing(out):
             with atomic_file(path) as draft:  # a run that is killed here keeps its log
                 draft.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            last = history[-1]["step"] if history else 0
+            self.excepthook, threading.excepthook = threading.excepthook, self.in_thread
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)  # type: ignore[no-untyped-call]
             self.file = path.open("a", encoding="utf-8")
-        last = history[-1]["step"] if history else 0
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.file and self.board:
-            self.file.close()
-            self.board.close()  # type: ignore[no-untyped-call]
+            threading.excepthook = self.excepthook
+            for part in (self.file, self.board):
+                with suppress(OSError):  # of a full disk, which was told when a row was written
+                    part.close()  # type: ignore[no-untyped-call]
+
+    def in_thread(self, failed: Any) -> None:
+        """TensorBoard writes in a thread of its own; what the disk says there it says again where rows are written."""
+        if not isinstance(failed.exc_value, OSError):
+            self.excepthook(failed)
 
     def step(self, row: dict[str, Any]) -> None:
         """A step's figures."""
@@ -106,7 +115,8 @@ class RunLog:
     def plot(self, name: str, value: float | None, step: int) -> None:
         """A point of a curve."""
         if self.board is not None and value is not None:
-            self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            with writing(self.out):
+                self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
