@@ -59,11 +59,20 @@ def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[
     return subprocess.run(list(map(str, command)), env=environment(folder), capture_output=True, text=True, check=False)
 
 
-def make_works(place: Path, pictures: int, concepts: int) -> dict[str, Work]:
-    """What all works read, made in a folder: `pictures` drawn scenes, two models, an index of them with `concepts`."""
+NAMES = (
+    "indexing", "re-embedding", "training", "teaching a concept", "importing concepts", "fixing captions"
+)  # fmt: skip
+
+
+def make_works(place: Path, pictures: int, concepts: int, names: tuple[str, ...] = NAMES) -> dict[str, Work]:
+    """The works of these names, and what they read, made in a folder: so many drawn scenes, two models, an index of the
+    scenes, concepts to take in.
+    """
     scenes = generate(place / "scenes", n_train=pictures * 4 // 5, n_dev=pictures // 5, size=64, progress=False)
     spoil(scenes)
-    trained, other = make_models(place, scenes)
+    trained, other = place / "small", place / "other"
+    if {"re-embedding", "training"} & set(names):
+        make_models(scenes, trained, other)
     index = place / "index"
     index.mkdir()
     must(run([CLIPMATCH, "index", scenes / "Images", "--index", index / STORE], place))
@@ -101,7 +110,7 @@ def make_works(place: Path, pictures: int, concepts: int) -> dict[str, Work]:
         Work("importing concepts", copy, take_in, rows_in, f"{STORE}-wal"),
         Work("fixing captions", nothing, lambda folder: [CLIPMATCH, *check, folder / CLEAN], texts_in, None),
     ]
-    return {work.name: work for work in works}
+    return {work.name: work for work in works if work.name in names}
 
 
 def spoil(scenes: Path) -> None:
@@ -115,7 +124,7 @@ def examples(scenes: Path, start: int = 0) -> list[Path]:
     return [scenes / "Images" / f"train-{number:05d}.jpg" for number in range(start, start + 5)]
 
 
-def make_models(place: Path, scenes: Path) -> tuple[Path, Path]:
+def make_models(scenes: Path, small: Path, other: Path) -> None:
     """A small model with random weights, to train; and as ONNX graphs, to embed anew with."""
     import torch
 
@@ -130,9 +139,8 @@ def make_models(place: Path, scenes: Path) -> tuple[Path, Path]:
     torch.manual_seed(0)
     words = learn_tokenizer(load_captions(scenes).rows)
     model = CLIPModel(small_model(words.vocab_size))
-    save_checkpoint(Checkpoint(model, words, Transform(PreprocessConfig(size=SIZE))), place / "small")
-    export_model(place / "small", place / "other")
-    return place / "small", place / "other"
+    save_checkpoint(Checkpoint(model, words, Transform(PreprocessConfig(size=SIZE))), small)
+    export_model(small, other)
 
 
 def must(done: subprocess.CompletedProcess[str]) -> None:

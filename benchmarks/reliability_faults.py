@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from common import CLIPMATCH, machine, machine_line, table, write_json
-from faultworks import STORE, drafts_in, environment, make_works, problem_of, run
+from faultworks import NAMES, STORE, drafts_in, environment, make_works, problem_of, run
 
 CHEAP = ("indexing", "re-embedding", "teaching a concept", "importing concepts", "fixing captions")
 AT_ONCE = 2
@@ -242,6 +242,8 @@ def full(works, place):
 
 def read_only(works, place):
     """An index and a run on a disk that can only be read -> by command: its status and what it said."""
+    if set(works) != set(NAMES):
+        return None
     with small_disk(place / "disk", 2**20) as disk:
         if disk is None:
             return None
@@ -409,7 +411,7 @@ def parse(arguments=None):
     parser.add_argument("--cheap", type=int, default=100, help="of each other work")
     parser.add_argument("--pictures", type=int, default=320)
     parser.add_argument("--concepts", type=int, default=60, help="that are imported")
-    parser.add_argument("--works", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--works", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--parts", nargs="+", choices=["kills", "disks", "order"], default=["kills", "disks", "order"])
     parser.add_argument("--json", type=Path, help="written after each part; what other parts have put there stays")
     return parser.parse_args(arguments)
@@ -422,18 +424,17 @@ def main():
     result["machine"] = machine("onnxruntime", "torch")
     with tempfile.TemporaryDirectory(prefix="clipmatch-faults-") as scratch:
         place = Path(scratch)
-        works = make_works(place, options.pictures, options.concepts)
-        chosen = {name: work for name, work in works.items() if name in (options.works or works)}
+        works = make_works(place, options.pictures, options.concepts, tuple(options.works))
         result["pictures"], result["concepts"] = options.pictures, options.concepts
         for part in options.parts:
             if part == "kills":
-                result["kills"] = {**result.get("kills", {}), **kills(chosen, place, options)}
+                result["kills"] = {**result.get("kills", {}), **kills(works, place, options)}
             elif part == "disks":
-                result["full disk"] = full(chosen, place)
+                result["full disk"] = full(works, place)
                 result["read-only"] = read_only(works, place)
-                result["clock"] = clock(chosen, place)
+                result["clock"] = clock(works, place)
             else:
-                result["order"] = order(chosen, place)
+                result["order"] = order(works, place)
             write_json(options.json, result)
     show(result)
 

@@ -401,7 +401,8 @@ def test_the_server_follows_an_index_to_another_model(photos, tmp_path, monkeypa
         assert (changed.status_code, changed.json()["detail"]) == (400, server.CHANGED)
         assert ask().json()["matches"][0]["name"] == "red.png"
         picture = {"image": ("red.png", (photos / "red.png").read_bytes())}
-        found = client.post("/api/search-image", files=picture, data={"question": "{}"})
+        found = client.post("/api/search-image", files=picture, data={"question": "{}"}, headers={"X-Clipmatch": "1"})
+        assert found.status_code == 200, found.text
         assert found.json()["matches"][0]["name"] == "red.png"
 
 
