@@ -200,10 +200,10 @@ def take(work, disk):
 
 def fill(work, disk, whole, size):
     """A work on a disk of `size` kilobytes, and once more with room -> what became of it."""
-    remount(disk, f"size={size}k")
     folder = disk / "work"
     work.begin(folder)
     before = work.stored(folder)
+    remount(disk, f"size={size}k")
     done = run(work.command(folder), folder)
     told = sentence(done)
     found = {"failed": done.returncode != 0, "told": told or done.stderr[-1000:]}
