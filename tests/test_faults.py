@@ -25,6 +25,7 @@ from clipmatch.datacheck import check_data
 from clipmatch.datafix import write_clean
 from clipmatch.errors import ClipmatchError, own_version
 from clipmatch.index import Index
+from clipmatch.output import copy_file
 from clipmatch.runlog import RunLog, one_run, read_history
 from clipmatch.runstate import find_state, is_finished
 from clipmatch.store import Store
@@ -169,6 +170,28 @@ def test_what_takes_its_place_is_on_the_disk_before_and_its_folder_after(tmp_pat
         ("move", "draft"),
         ("sync", "place"),
     ]  # the file, its folder
+
+
+def test_a_copied_match_appears_when_it_is_complete(photos, tmp_path, monkeypatch):
+    """Half of one, left by a kill, would be in the way of the next try."""
+    target, copyfile = tmp_path / "red.png", shutil.copyfile
+
+    def copy(source, draft):
+        assert not target.exists()
+        return copyfile(source, draft)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    copy_file(photos / "red.png", target)
+    copy_file(photos / "red.png", target)  # as a second run does
+    assert target.read_bytes() == (photos / "red.png").read_bytes()
+    with pytest.raises(ClipmatchError, match="is there already and is something else"):
+        copy_file(photos / "orange.png", target)
+
+
+def test_what_can_not_be_written_goes_by_its_own_name(disk):
+    with read_only(disk), pytest.raises(OSError, match="Read-only") as caught, atomic_file(disk / "page.html"):
+        pass
+    assert caught.value.filename == str(disk / "page.html")
 
 
 # Full and read-only disks

@@ -37,14 +37,19 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     what is there stays, and FileExistsError is raised. Raises OSError.
     """
     remove_drafts(path.parent)
-    with new_draft(path.parent) as draft:
-        yield draft
-        to_disk(draft)
-        if replace:
-            draft.replace(path)
-        else:
-            put_new(draft, path)
-        folder_to_disk(path.parent)
+    try:
+        with new_draft(path.parent) as draft:
+            yield draft
+            to_disk(draft)
+            if replace:
+                draft.replace(path)
+            else:
+                put_new(draft, path)
+            folder_to_disk(path.parent)
+    except OSError as error:
+        if DRAFT in str(error.filename):  # of the name that it would have had the caller knows
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 @contextmanager
