@@ -396,6 +396,34 @@ def teach_in_between(path, photos):
         index.rename_concept("tom", "rex")
 
 
+def test_a_reader_gets_the_old_answers_until_a_change_of_models_is_done(photos, tmp_path):
+    path, answers = tmp_path / "photos.sqlite", []
+
+    class Watched(ColourEmbedder):
+        def embed_images(self, *arguments, **options):
+            with Index.open(path, ColourEmbedder()) as reader:  # as another process does
+                answers.append([match.path.name for match in reader.find("red", top_k=2)])
+            return super().embed_images(*arguments, **options)
+
+    with Index.open(path, ColourEmbedder()) as index:
+        index.update([photos], progress=False)
+        index.reembed(Watched("other"), progress=False)
+    assert answers == [["red.png", "orange.png"]]
+    with Index.open(path, ColourEmbedder()) as late, pytest.raises(ClipmatchError, match="of another model"):
+        late.find("red")
+
+
+def test_an_index_that_another_program_holds(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.store.PATIENCE", 0.2)
+    path = tmp_path / "photos.sqlite"
+    with Index.open(path, ColourEmbedder()) as index, closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ClipmatchError, match=r"Another program has held the index .*; end that, and try again"):
+            index.update([photos], progress=False)
+        other.rollback()
+        assert index.update([photos], progress=False).added == 4
+
+
 def test_a_name_that_was_just_taken_is_no_damage(photos, tmp_path):
     with Store.open(tmp_path / "photos.sqlite", create=True) as store:
         row = paint(tmp_path / "x.png", "red") and ColourEmbedder().embed_texts(["red"])[0]
