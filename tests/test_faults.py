@@ -402,7 +402,7 @@ def test_a_reader_gets_the_old_answers_until_a_change_of_models_is_done(photos, 
     class Watched(ColourEmbedder):
         def embed_images(self, *arguments, **options):
             with Index.open(path, ColourEmbedder()) as reader:  # as another process does
-                answers.append([match.path.name for match in reader.find("red", top_k=2)])
+                answers.append([match.path.name for match in reader.find("red", top_k=2, duplicates="show")])
             return super().embed_images(*arguments, **options)
 
     with Index.open(path, ColourEmbedder()) as index:
