@@ -21,8 +21,8 @@ from fastapi.responses import Response, StreamingResponse
 from numpy.typing import NDArray
 
 from clipmatch.decoder import SENT
-from clipmatch.desk import Service
-from clipmatch.embedder import BatchedEmbedder
+from clipmatch.desk import CHANGED, Service
+from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.exposure import View
 from clipmatch.imageformats import SUFFIXES
@@ -90,6 +90,17 @@ def find(service: Service, index: Index, question: Question, row: NDArray[np.flo
     else:
         matches = index.answer(asked, request)
     return answer_of(index.store, matches, question.size, view.named)
+
+
+async def find_by(service: Service, embedder: Embedder, row: NDArray[np.float32], question: Question) -> Answer:
+    """What matches the row [d] of a picture that was embedded by a model, if that is still the index's."""
+
+    def ask(index: Index) -> Answer:
+        if index.embedder is not embedder:
+            raise ClipmatchError(CHANGED)
+        return find(service, index, question, row)
+
+    return await service.desk.ask(ask)
 
 
 def query_of(index: Index, question: Question, row: NDArray[np.float32] | None) -> Query | None:
@@ -215,14 +226,14 @@ def freshness(photo: Photo, kind: str, same: bool, request: Request) -> dict[str
     return {"Cache-Control": lasting, "ETag": tag(photo, kind)}
 
 
-def embed(service: Service, data: bytes, suffix: str) -> NDArray[np.float32]:
+def embed(service: Service, embedder: Embedder, data: bytes, suffix: str) -> NDArray[np.float32]:
     """The bytes of a picture file -> its unit row [d]. suffix: of its name, by which RAW files are told."""
     path = Path("picture").with_suffix(suffix if suffix in SUFFIXES else "")
 
     def read(path: Path, min_size: int | None) -> Any:
         return service.decoders.read(path, min_size, data, SENT)
 
-    found = service.embedder.embed_images([path], progress=False, read=read)
+    found = embedder.embed_images([path], progress=False, read=read)
     if found.failures:
         raise ClipmatchError(f"That picture can't be read: {found.failures[0].reason}.")
     row: NDArray[np.float32] = found.rows[0]
@@ -260,7 +271,8 @@ async def painting(service: Service, studio: Studio, question: PaintQuestion) ->
 async def finished(service: Service, painted: Painted) -> Finished:
     """A painting, beside the photographs that the index finds nearest to it."""
     data = await asyncio.to_thread(file_of, painted)
-    row = await asyncio.to_thread(embed, service, data, ".png")
-    found = await service.desk.ask(lambda index: find(service, index, Question(size=NEAREST), row))
+    embedder = service.embedder
+    row = await asyncio.to_thread(embed, service, embedder, data, ".png")
+    found = await find_by(service, embedder, row, Question(size=NEAREST))
     image = data_url(data, "image/png")
     return Finished(image=image, score=painted.score, seed=int(painted.facts["seed"]), nearest=found.matches)

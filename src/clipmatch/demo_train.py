@@ -161,11 +161,12 @@ def is_demo(run: Path) -> bool:
 def is_unfinished(run: Path, settings: TrainConfig) -> bool:
     """Whether a run of exactly these settings stopped before its last step."""
     from clipmatch.config import from_json
+    from clipmatch.runstate import find_state
 
     try:
         plan = json.loads((run / "train.json").read_text())
-        state = json.loads((run / "last" / "state.json").read_text())
-    except (OSError, ValueError):
+        state = find_state(run)
+    except (OSError, ValueError, ClipmatchError):
         return False
     same = from_json(TrainConfig, plan["settings"]) == settings  # as settings: JSON has no tuples
-    return bool(same and state["step"] < state["total"])
+    return state is not None and bool(same and state["step"] < state["total"])

@@ -4,7 +4,8 @@ In: an index file, questions. Out: answers, or `HTTPException` for what is not t
 nothing of addresses or of the form of answers.
 
 SQLite's connections belong to threads, so the index is open in two of them that share the model: one answers, the other
-does what may take long. The index may change meanwhile: each question sees it as it is then.
+does what may take long. The index may change meanwhile: each question sees it as it is then. If it changes over to
+another model, the server follows; if another file takes its place, that is opened.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import HTTPException, Request
 
 from clipmatch.decoder import Decoders
-from clipmatch.embedder import Embedder
+from clipmatch.embedder import Embedder, load_model
+from clipmatch.errors import ClipmatchError
 from clipmatch.exposure import Exposure
 from clipmatch.index import Index
 from clipmatch.runtime import usable_cores
+from clipmatch.store import OtherModel
 
 if TYPE_CHECKING:
     from clipmatch.studio import Studio
@@ -29,16 +33,18 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 GONE, LEFT, BUSY = 404, 499, 503
+CHANGED = "The index was changed over to another model just now; ask again."
 WAITING = 400  # questions that wait for one thread, or pictures for their turn; one more is told to come again
 
 
 class Desk:
     """An index and the one thread that asks it."""
 
-    def __init__(self, path: Path | str, embedder: Embedder):
-        self._path, self._embedder = path, embedder
+    def __init__(self, path: Path | str, service: Service):
+        self._path, self._service = path, service
         self._thread = ThreadPoolExecutor(1, "index")
         self._index: Index | None = None
+        self._file: tuple[int, int] | None = None
         self._waiting = 0
 
     async def ask(self, question: Callable[[Index], Result]) -> Result:
@@ -52,10 +58,13 @@ class Desk:
             self._waiting -= 1
 
     def _answer(self, question: Callable[[Index], Result]) -> Result:
-        if self._index is None:
-            self._index = Index.open(self._path, self._embedder)
+        index = self._opened()
         try:
-            return question(self._index)
+            return question(index)
+        except OtherModel as error:
+            self._service.follow(index)
+            self._close()
+            raise ClipmatchError(CHANGED) from error
         except KeyError as error:
             raise HTTPException(GONE, f"{error.args[0]!r} is not in the index; it may have changed.") from error
 
@@ -64,9 +73,19 @@ class Desk:
         self._thread.submit(self._close)
         self._thread.shutdown()
 
+    def _opened(self) -> Index:
+        """The index that lies there now: to go on with one that was moved away or replaced could damage it."""
+        file = file_at(self._path)
+        if self._index is not None and file != self._file:
+            self._close()
+        if self._index is None:
+            self._index, self._file = Index.open(self._path, self._service.embedder, create=False), file
+        return self._index
+
     def _close(self) -> None:
         if self._index is not None:
             self._index.close()
+            self._index = None
 
 
 class Service:
@@ -74,10 +93,18 @@ class Service:
 
     def __init__(self, path: Path | str, embedder: Embedder, studio: Studio | None, exposure: Exposure):
         self.embedder, self.studio, self.exposure = embedder, studio, exposure
-        self.desk, self.back = Desk(path, embedder), Desk(path, embedder)
+        self.desk, self.back = Desk(path, self), Desk(path, self)
         self.decoders = Decoders()
         self.turns = asyncio.Semaphore(usable_cores())
         self._waiting = 0
+        self._following = Lock()
+
+    def follow(self, index: Index) -> None:
+        """Load the model that the index was changed over to. Raises ClipmatchError if it can't be loaded."""
+        with self._following:
+            bound = index.store.model
+            if bound and bound.fingerprint != self.embedder.fingerprint:
+                self.embedder = load_model(bound.name)
 
     async def compute(self, work: Callable[[], Result], request: Request) -> Result:
         """Do something in a thread when it is its turn, unless the client has gone by then, or many wait."""
@@ -99,6 +126,15 @@ class Service:
         self.back.close()
         if self.studio is not None:
             self.studio.close()
+
+
+def file_at(path: Path | str) -> tuple[int, int] | None:
+    """Which file or folder lies there; None of an address, or if there is none."""
+    try:
+        found = None if isinstance(path, str) else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_dev, found.st_ino)
 
 
 def busy() -> HTTPException:

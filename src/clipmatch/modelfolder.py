@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from clipmatch.atomic import aside
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, newer, own_version
 from clipmatch.hub import hub_error, looks_local, offline
 from clipmatch.trust import check_folder
 
 SCHEMA = 1
 FORMAT = "clipmatch"
+SAVED_BY = "clipmatch"  # the version that saved it, and so can read it
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION = "image.onnx", "text.onnx", "calibration.json"
 FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION)
@@ -131,9 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ClipmatchError(f"{folder} is no clipmatch model folder (its config.json is of another program).")
     schema = values.get("schema", 0)
     if not isinstance(schema, int) or schema > SCHEMA:
-        raise ClipmatchError(
-            f"The model in {folder} was saved by a newer clipmatch; upgrade with: pip install -U clipmatch"
-        )
+        raise newer(f"The model in {folder}", values.get(SAVED_BY))
     missing = {"model", "preprocess", "fingerprint"} - values.keys()
     if missing:
         raise ClipmatchError(f"The file {path} lacks {', '.join(sorted(missing))}; copy the model again.")
@@ -156,6 +155,7 @@ def config_values(
     return {
         "schema": SCHEMA,
         "format": FORMAT,
+        SAVED_BY: own_version(),
         "model": model,
         "preprocess": preprocess,
         "about": about,

@@ -214,9 +214,9 @@ async def search_image(
 ) -> Answer:
     """The same, by a picture that is sent: a form with `image` and, as JSON, `question`."""
     asked = Question.model_validate_json(question)
-    data, suffix = await image.read(), Path(image.filename or "").suffix.lower()
-    row = await service.compute(lambda: answers.embed(service, data, suffix), request)
-    return await service.desk.ask(lambda index: answers.find(service, index, asked, row))
+    data, suffix, embedder = await image.read(), Path(image.filename or "").suffix.lower(), service.embedder
+    row = await service.compute(lambda: answers.embed(service, embedder, data, suffix), request)
+    return await answers.find_by(service, embedder, row, asked)
 
 
 @api.get("/photos/{number}/similar")

@@ -4,20 +4,24 @@ In: photographs with their vectors; paths that are gone; a `Filter`; concepts. O
 words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
 photographs, d numbers a row.
 
-SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
-belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
-the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+SQLite because it survives `kill -9` and power cuts, lets many read while one writes (write-ahead log), and is already
+there. A vector belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be
+filled in while the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+
+A file that can't be written is read. From its version on an older clipmatch knows that it can't read it, and from NEEDS
+which one can.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.errors import ClipmatchError, Failure
+from clipmatch.atomic import new_draft
+from clipmatch.errors import ClipmatchError, Failure, newer, own_version, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.teaching import Concept
 
@@ -73,7 +78,10 @@ UPGRADES = (
     """,
 )
 WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
+NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 PATIENCE = 30  # seconds that a transaction waits for another process's
+SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
+FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
@@ -148,9 +156,9 @@ def below(folder: Path) -> tuple[str, list[Any]]:
 class Store:
     """One index file. `Store.open` makes or opens it; close it, or use it in a `with` statement."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
+    def __init__(self, path: Path, connection: sqlite3.Connection, obstacle: OSError | None = None):
         self.path = path
-        self._db = connection
+        self._db, self._obstacle = connection, obstacle
 
     @classmethod
     def open(cls, path: str | Path, create: bool = False) -> Store:
@@ -166,8 +174,8 @@ class Store:
         except OSError as error:
             raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
         with reading_errors(path):
-            connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
-        store = cls(path, connection)
+            connection, obstacle = connect(path)
+        store = cls(path, connection, obstacle)
         try:
             with reading_errors(path):
                 connection.execute("PRAGMA cell_size_check = ON")  # damage is told before it is followed
@@ -202,16 +210,25 @@ class Store:
     @contextmanager
     def writing(self, photographs: bool = True) -> Iterator[None]:
         """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
+        if self._obstacle:
+            raise unwritable(f"The index {self.path}", self._obstacle)
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._all_or_nothing():
                 yield
                 if photographs:
                     self._set("content", os.urandom(16).hex())
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Commit what is done within; on an error, that of the commit too, as on a full disk, undo it."""
+        try:
+            yield
             self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # of some errors SQLite itself has undone it
+                self._db.execute("ROLLBACK")
+            raise
 
     # What it is about
 
@@ -496,10 +513,12 @@ class Store:
 
     def rename_concept(self, old: str, new: str) -> bool:
         """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
-        taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
-        if taken and old.casefold() != new.casefold():
-            raise ClipmatchError(f"There is a concept @{taken[0]} already; remove it first, or choose another name.")
         with self.writing(photographs=False):
+            taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
+            if taken and old.casefold() != new.casefold():
+                raise ClipmatchError(
+                    f"There is a concept @{taken[0]} already; remove it first, or choose another name."
+                )
             return self._db.execute("UPDATE concepts SET name = ? WHERE name = ?", (new, old)).rowcount > 0
 
     def forget_concept(self, name: str) -> bool:
@@ -541,10 +560,8 @@ class Store:
             return
         with reading_errors(self.path):
             self._db.execute("BEGIN")
-            try:
+            with self._all_or_nothing():
                 yield
-            finally:
-                self._db.execute("COMMIT")
 
     def _read(self, question: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows that answer a question."""
@@ -565,8 +582,8 @@ class Store:
         """Raise ClipmatchError if the file holds tables, views or triggers of somebody else: those act when it is read
         or written.
         """
-        if not self._version():
-            return  # empty, or of something else, as will be told
+        if not 0 < self._version() <= len(UPGRADES):
+            return  # empty, of something else, or of a newer clipmatch, as will be told
         own = {statement.strip().rstrip(";") for step in UPGRADES for statement in statements(step)}
         for kind, name, sql in self._db.execute("SELECT type, name, sql FROM sqlite_master"):
             if not (sql is None or sql in own or name in WORD_TABLES or name.startswith("sqlite_")):
@@ -574,7 +591,10 @@ class Store:
 
     def _upgrade(self) -> None:
         if self._version() > len(UPGRADES):
-            raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
+            needs = None
+            with suppress(ClipmatchError):  # it may keep that elsewhere
+                needs = self._get(NEEDS)
+            raise newer(f"The index {self.path}", needs)
         if self._version() == len(UPGRADES):
             self._get("content")  # a database that has these numbers by chance lacks this table
             return
@@ -582,15 +602,12 @@ class Store:
             raise ClipmatchError(f"The file {self.path} is a database of something else, no index; name another.")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("BEGIN IMMEDIATE")
-        try:  # not executescript, which would commit after each step
+        with self._all_or_nothing():  # not executescript, which would commit after each step
             for step in UPGRADES[self._version() :]:
                 for statement in statements(step):
                     self._db.execute(statement)
+            self._set(NEEDS, own_version())
             self._db.execute(f"PRAGMA user_version = {len(UPGRADES)}")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 COLUMN_NAMES = (
@@ -636,8 +653,49 @@ def statements(script: str) -> Iterator[str]:
             text = ""
 
 
+def connect(path: Path) -> tuple[sqlite3.Connection, OSError | None]:
+    """A connection to an index file; where nothing can be written beside it, one that only reads, and why.
+
+    There SQLite can't make the small file by which readers and writers know of each other. Where no writer has left
+    anything, none is there, so it may take the index for one that does not change.
+    """
+    connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # what is committed survives a power cut
+        connection.execute("PRAGMA user_version")  # the first look into it
+        return connection, None
+    except sqlite3.OperationalError:
+        connection.close()
+        obstacle = obstacle_in(path.parent)
+        if obstacle is None:
+            raise
+    if not path.is_file() or not path.stat().st_size:
+        raise unwritable(f"The index {path}", obstacle)
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise ClipmatchError(
+            f"The index {path} has yet to take in what lies in {log.name}, and nothing can be written there "
+            f"({obstacle.strerror}); make that possible, or copy both to another folder."
+        )
+    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None), obstacle
+
+
+def obstacle_in(folder: Path) -> OSError | None:
+    """What keeps a small file from being written in a folder; None if nothing does."""
+    try:
+        with new_draft(folder) as draft:
+            draft.write_bytes(bytes(SHARED))
+    except OSError as error:
+        return error
+    return None
+
+
+class OtherModel(ClipmatchError):
+    """The store holds the vectors of another model; perhaps it was changed over a moment ago."""
+
+
 def check_model(store: PhotoStore, embedder: Embedder) -> None:
-    """Raise ClipmatchError if the store holds another model's vectors."""
+    """Raise OtherModel if the store holds another model's vectors."""
     from clipmatch.storage import default_index
 
     bound = store.model
@@ -647,7 +705,7 @@ def check_model(store: PhotoStore, embedder: Embedder) -> None:
         change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
         search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
         old = "" if bound.name else " in the version of clipmatch that made it"
-        raise ClipmatchError(
+        raise OtherModel(
             f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )
@@ -666,6 +724,8 @@ def one_writer(path: Path, wait: bool) -> Iterator[None]:
             raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
         note(f"Another clipmatch is writing the index {path}; waiting for it.")
         lock.acquire()
+    except OSError as error:
+        raise unwritable(f"The index {path}", error, "name one in a folder of yours with --index") from error
     try:
         yield
     finally:
@@ -678,6 +738,13 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if LOCKED in str(error):
+            raise ClipmatchError(
+                f"Another program has held the index {path} for {PATIENCE} seconds; end that, and try again."
+            ) from error
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if FULL in str(error) else None
+        if obstacle := full or obstacle_in(path.parent):
+            raise unwritable(f"The index {path}", obstacle) from error
         raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
     except sqlite3.DatabaseError as error:
         raise ClipmatchError(
