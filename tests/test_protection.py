@@ -321,6 +321,11 @@ def test_guessing_the_token_is_slow(shared, embedded):
         assert guesses == [401] * 20 + [429] * 5
         late = client.get("/api/status", headers=TOKEN)  # who has guessed learns nothing even when right
         assert (late.status_code, late.headers["retry-after"]) == (429, "3")
+    with TestClient(
+        make_app(shared.with_suffix(".sqlite"), embedded, "s3cret-s3cret"), base_url="http://nas"
+    ) as client:
+        at_once = {"Authorization": "Bearer a", "Cookie": "clipmatch_token=b"}
+        assert [client.get("/?token=c", headers=at_once).status_code for _ in range(8)] == [401] * 7 + [429]
 
 
 def test_the_limits_are_those_that_are_said():

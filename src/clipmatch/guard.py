@@ -95,7 +95,7 @@ class Guard:
             return refuse(429, "That is too often; wait a little.", {"Retry-After": str(math.ceil(wait))})
         self.rates.count(client)
         if self.token is not None and not knows(request, self.token):
-            if tokens_of(request):
+            for _ in tokens_of(request):
                 self.wrong.count(client)
             sentence = "The token is missing or wrong; open the address that clipmatch serve has printed."
             return refuse(401, sentence, {"WWW-Authenticate": "Bearer"})
