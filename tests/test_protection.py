@@ -167,6 +167,7 @@ def test_paths_that_somebody_has_put_into_an_index(shared, embedded, tmp_path, p
         (odd,) = [photo for photo in listed if photo["path"] == path]
         for kind in ("thumb", "full"):
             assert client.get(f"/api/photos/{odd['id']}/{kind}").status_code == 404
+        assert client.post("/api/concepts", json={"name": "odd", "liked": [odd["id"]]}).status_code == 404
 
 
 def serve(*arguments, data):

@@ -24,10 +24,11 @@ from clipmatch.decoder import SENT
 from clipmatch.desk import CHANGED, Service
 from clipmatch.embedder import BatchedEmbedder, Embedder
 from clipmatch.errors import ClipmatchError
-from clipmatch.exposure import View
+from clipmatch.exposure import NOT_SHOWN, View
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.index import Index
 from clipmatch.photo import Photo
+from clipmatch.preprocess import ImageError
 from clipmatch.query import Query, Term, terms_of
 from clipmatch.renditions import FULL, SHOWN, Kind, keep, kept
 from clipmatch.studio import Studio, file_of
@@ -113,7 +114,10 @@ def query_of(index: Index, question: Question, row: NDArray[np.float32] | None) 
         terms += terms_of(text)
     if question.like is not None:
         photo = index.store.photo(question.like)
-        terms.append(Term("", photo.path, row=index.store.vector(photo.digest)))
+        alike = index.store.vector(photo.digest)
+        if alike is None:  # without it the file would be read, wherever it lies
+            raise KeyError(question.like)
+        terms.append(Term("", photo.path, row=alike))
     if row is not None:
         terms.append(Term("", Path("the picture"), row=row))
     return Query(tuple(terms)) if terms else None
@@ -154,6 +158,15 @@ def concept_row(service: Service, index: Index, concept: Any) -> ConceptRow:
 def paths_of(index: Index, numbers: list[int]) -> list[Path]:
     """The files of photographs."""
     return [photo.path for photo in index.store.photos_of(numbers)]
+
+
+def shown_paths(service: Service, index: Index, numbers: list[int]) -> list[Path]:
+    """The same, to be read. Raises ImageError for one that may not be shown."""
+    view, paths = view_of(service, index), paths_of(index, numbers)
+    for path in paths:
+        if view.root_of(path) is None:
+            raise ImageError(path, NOT_SHOWN)
+    return paths
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from clipmatch.remote import is_remote, status_of
 from clipmatch.store import Root
 
 LARGEST = 1 << 29  # bytes of a photograph's file that are read: RAW files have a fifth
+NOT_SHOWN = "it lies in no folder that may be shown; see clipmatch serve --show"
 FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+|\b[A-Za-z]:\\(?:[^\\\s'\"]+\\)+")
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -94,7 +95,7 @@ class View:
         """Context: the file of a photograph. Raises ImageError if it is gone, or may not be shown."""
         root = self.root_of(photo.path)
         if root is None:
-            raise ImageError(photo.path, "it lies in no folder that may be shown; see clipmatch serve --show")
+            raise ImageError(photo.path, NOT_SHOWN)
         with ExitStack() as stack:
             try:
                 source = stack.enter_context(opened(photo, root))

@@ -72,7 +72,7 @@ def make_app(
 
     token: who does not know it gets no answer. Without one only names of this computer are answered to, so serve it
     on a loopback address. studio: paints, if there is one. exposure: what of the photographs' files is shown; None: all
-    below the folders that the index keeps up with, as it is. Raises ClipmatchError if there is no such index, or the
+    below the folders that the index keeps up with, with a token without what cameras note in them. Raises ClipmatchError if there is no such index, or the
     model is not its own.
     """
     with Index.open(index_path, model, create=index_path is None) as index:
@@ -81,7 +81,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = Service(path, embedder, studio, exposure or Exposure())
+        app.state.service = Service(path, embedder, studio, exposure or Exposure(originals=token is None))
         tidying = asyncio.create_task(asyncio.to_thread(forget_unwanted))  # nobody has to wait for it
         yield
         await tidying
@@ -264,7 +264,7 @@ async def teach(lesson: Lesson, service: Shared) -> ConceptRow:
     """Learn a concept from photographs."""
 
     def ask(index: Index) -> ConceptRow:
-        liked, disliked = answers.paths_of(index, lesson.liked), answers.paths_of(index, lesson.disliked)
+        liked, disliked = (answers.shown_paths(service, index, ids) for ids in (lesson.liked, lesson.disliked))
         return answers.concept_row(service, index, index.teach(lesson.name, liked, disliked))
 
     return await service.back.ask(ask)
