@@ -72,8 +72,8 @@ def make_app(
 
     token: who does not know it gets no answer. Without one only names of this computer are answered to, so serve it
     on a loopback address. studio: paints, if there is one. exposure: what of the photographs' files is shown; None: all
-    below the folders that the index keeps up with, with a token without what cameras note in them. Raises ClipmatchError if there is no such index, or the
-    model is not its own.
+    below the folders that the index keeps up with, and with a token without what cameras note in them. Raises
+    ClipmatchError if there is no such index, or the model is not its own.
     """
     with Index.open(index_path, model, create=index_path is None) as index:
         path, embedder = index.store.path, index.embedder
