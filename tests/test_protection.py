@@ -295,7 +295,7 @@ import sys
 from clipmatch.decoder import confine
 confine()
 try:
-    bytearray(4 << 30)
+    bytearray(5 << 30)
 except MemoryError:
     print("no memory")
 import signal

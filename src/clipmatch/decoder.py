@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PATIENCE = 20.0  # seconds that a picture may take
-MEMORY = 3 << 30  # bytes of addresses: 200 million pixels as RGB, and two copies on the way
+MEMORY = 4 << 30  # bytes of addresses: 200 million pixels with transparency, and what they are turned into
 MOST = 4  # processes, of about 60 MB each
 SENT = 64_000_000  # pixels of a picture that is sent: more than the cameras of telephones have, the largest excepted
 
