@@ -167,7 +167,7 @@ def figures(found, memory, seconds):
         "waits": told,
         "errors": found.errors,
         "memory_mb": {"after_a_tenth": after[0], "end": after[-1], "most": max(after)} if after else None,
-        "memory_by_time": [(round(moment), megabytes) for moment, megabytes in memory],
+        "memory_mb_by_minute": [megabytes for _, megabytes in memory[:: round(60 / EVERY)]],
     }
 
 
