@@ -14,6 +14,8 @@ from pathlib import Path
 
 from clipmatch.atomic import atomic_file
 
+MOST = 1000  # indexes that are remembered: those of tests and trials are never heard of again
+
 
 def give(index: Path | str, folders: Iterable[Path]) -> None:
     """Remember that a person has put these folders into an index."""
@@ -26,9 +28,11 @@ def give(index: Path | str, folders: Iterable[Path]) -> None:
         file().parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file()}.lock"):
             known = read()
-            known[str(index)] = known.get(str(index), set()) | new
+            new |= known.pop(str(index), set())
+            known[str(index)] = new  # the latest last
+            values = {name: sorted(known[name]) for name in list(known)[-MOST:]}
             with atomic_file(file()) as draft:
-                draft.write_text(json.dumps({name: sorted(listed) for name, listed in known.items()}, indent=1))
+                draft.write_text(json.dumps(values, indent=1))
 
 
 def given(index: Path | str) -> frozenset[Path]:
