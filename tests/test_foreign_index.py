@@ -79,6 +79,7 @@ def test_a_view_in_the_place_of_a_table(sent):
         ("UPDATE vectors SET row = ?", (np.full(16, np.nan, "<f4").tobytes(),)),
         "UPDATE about SET value = '[]' WHERE name = 'model'",
         "UPDATE about SET value = '{' WHERE name = 'model'",
+        "UPDATE about SET value = replace(value, '16', '1000000000000') WHERE name = 'model'",
         "UPDATE roots SET exclude = '{'",
     ],
 )

@@ -20,8 +20,8 @@ import os
 import re
 import shlex
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -79,6 +79,7 @@ UPGRADES = (
 )
 WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
 NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
+MOST_NUMBERS = 1 << 16  # in a vector
 PATIENCE = 30  # seconds that a transaction waits for another process's
 SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
 FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
@@ -237,7 +238,10 @@ class Store:
         """The model that it is bound to; None while it is empty."""
         value = self._get("model")
         with making_sense(self.path):
-            return ModelName(**json.loads(value)) if value else None
+            found = ModelName(**json.loads(value)) if value else None
+            if found and not (isinstance(found.dim, int) and 0 < found.dim <= MOST_NUMBERS):
+                raise ValueError(f"vectors of {found.dim!r} numbers")
+        return found
 
     def bind(self, model: ModelName) -> None:
         """Take the vectors of `model` from now on, and drop those of any other."""
@@ -453,7 +457,7 @@ class Store:
                 (model.fingerprint if model else "",),
             )
             place = 0
-            with making_sense(self.path):
+            with closing(found), making_sense(self.path):
                 for place, (number, row) in enumerate(found, 1):
                     numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
                 if not np.isfinite(rows[:place]).all():
@@ -563,7 +567,7 @@ class Store:
             with self._all_or_nothing():
                 yield
 
-    def _read(self, question: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+    def _read(self, question: str, values: Sequence[Any] = ()) -> Generator[tuple[Any, ...], None, None]:
         """The rows that answer a question."""
         with reading_errors(self.path):
             yield from self._db.execute(question, values)
