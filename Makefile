@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo browser test test-cluster lint bench notebook clean
+.PHONY: setup demo browser test test-cluster lint audit bench notebook clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src
+
+# Known vulnerabilities of the packages that are installed. Asks PyPI, so it is not part of the tests.
+audit: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 # Captioned photographs, such as Flickr8k: make bench DATA=path/to/flickr8k
 RESULTS := benchmarks/results
@@ -66,6 +72,8 @@ bench: setup
 	$(BIN)/python benchmarks/training_speed.py --json $(RESULTS)/training_speed.json
 	$(BIN)/python benchmarks/gradient_cache.py --json $(RESULTS)/gradient_cache.json --plot $(RESULTS)/gradient_cache.png
 	$(BIN)/python benchmarks/evaluation_memory.py --json $(RESULTS)/evaluation_memory.json
+	$(BIN)/python benchmarks/server_load.py --json $(RESULTS)/server_load.json
+	$(BIN)/python benchmarks/api_fuzz.py --json $(RESULTS)/api_fuzz.json
 
 notebook: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,notebook]"

@@ -7,12 +7,11 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
 from PIL import ExifTags, Image
 
 from clipmatch.demo import sample_photographs
 from clipmatch.index import Index
-from clipmatch.server import make_app
+from clipmatch.server import make_app, server_of
 
 CHOSEN = ("astronaut", "brick", "chelsea", "coffee", "coins", "grass", "motorcycle_left", "rocket")
 HOSTILE = "<img src=x onerror=alert(1)> & 'moon'.png"
@@ -68,7 +67,7 @@ def make_album(place: Path, embedder) -> Album:
 def serving(*arguments, **options):
     """The server over a real socket, in a thread -> its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(*arguments, **options), log_level="warning"))
+        server = server_of(make_app(*arguments, **options))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may lean on the network
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="clipmatch-tests-")  # what belongs to a person stays untouched
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # files side by side: threads of one for all cores would hold up the other
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,7 +17,7 @@ lancedb = pytest.importorskip("lancedb", reason="the extra `distributed` is not 
 from clipmatch import lancerows, lancestore, storage
 from clipmatch.calibration import Bank, Calibration
 from clipmatch.cli import main
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, own_version
 from clipmatch.index import Index
 from clipmatch.lancesearch import LanceCollection
 from clipmatch.lancestore import LanceStore
@@ -103,6 +103,31 @@ def test_an_index_from_a_newer_clipmatch(store, monkeypatch):
     monkeypatch.setattr(lancestore, "VERSION", b"0")
     with pytest.raises(ClipmatchError, match="from a newer clipmatch"):
         LanceStore.open(store.path)
+
+
+def test_a_newer_one_says_which_version_it_takes(store, monkeypatch):
+    monkeypatch.setattr(lancestore, "VERSION", b"0")
+    with pytest.raises(ClipmatchError, match=f"it takes {own_version()} or later"):
+        LanceStore.open(store.path)
+
+
+def test_a_change_to_another_model_that_was_killed_at_its_end_is_completed(store, monkeypatch):
+    """The rows are those of the new model already; what finds photographs by words is not there yet."""
+    fill(store, range(10), caption="a dog")
+    store.upsert([], "other", rows_for(photos_of(range(10))), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceStore, "_make_indexes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.bind(ModelName("other", DIM))
+    with LanceStore.open(store.path) as again:
+        assert (again.model.fingerprint, len(again)) == ("other", 10)
+        again.tidy()
+        assert len(again.named("dog", 20)) == 10
+        assert "staged" not in again._db.list_tables().tables
+
+
+def interrupted(store):
+    raise KeyboardInterrupt
 
 
 def test_a_table_that_is_damaged(store):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from album import HOSTILE, HOSTILE_CAPTION, serving
@@ -321,6 +322,94 @@ def test_names_and_captions_are_text(visit, address):
     expect(viewer.get_by_role("heading", name=HOSTILE).first).to_be_visible()
     expect(page).to_have_title("clipmatch")
     assert page.locator("main script, dialog script, [src='x'], [onclick], [onerror]").count() == 0
+
+
+ATTACKS = (  # each would call alert, or write to the title, if it were taken for anything but text
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "<svg onload=alert(3)><svg/onload=alert(3)>",
+    "\"><iframe srcdoc='<script>parent.alert(4)<\\/script>'>",
+    "' onmouseover='alert(5)' autofocus onfocus='alert(5)' x='",
+    "javascript:alert(6)",
+    '<a href="javascript:alert(7)">a</a><base href=//evil.example>',
+    "<math><mtext></form><form><mglyph><style></math><img src onerror=alert(8)>",
+    "${alert(9)} {{constructor.constructor('alert(9)')()}} `${alert(9)}`",
+    "</title></textarea></style><script>alert(10)</script><!--",
+    "<details open ontoggle=alert(11)><video><source onerror=alert(11)>",
+    "<template><img src=x onerror=alert(12)></template><b style=x:expression(alert(12))>",
+    "\u202egnp.exe\u2066 <scr\u0000ipt>alert(13)</script> \u2028alert(13)",
+    "<link rel=stylesheet href=//evil.example/x.css><style>@import'//evil.example';</style>",
+    "<meta http-equiv=refresh content='0;url=javascript:alert(15)'>",
+    "&lt;img src=x onerror=alert(16)&gt; &#60;script&#62;alert(16)&#60;/script&#62;",
+)
+
+
+def test_attacks_in_names_captions_and_concepts_stay_text(visit, embedded, tmp_path):
+    """Wherever the page shows words of others: tiles, the viewer, panels, chips, the title, messages."""
+    folder = tmp_path / "<b onclick=alert(0)>Pictures & more"
+    folder.mkdir()
+    for number, attack in enumerate(ATTACKS):
+        name = f"{number:02d} " + attack.replace("/", "⁄").replace("\0", "")[:80]
+        Image.new("RGB", (40 + number, 30), (number * 15, 80, 200 - number * 10)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(attack)
+    with Index.open(tmp_path / "index.sqlite", embedded) as index:
+        assert index.update([folder], progress=False).added == len(ATTACKS)
+    with serving(tmp_path / "index.sqlite", embedded) as address:
+        page = visit(address, allowed="status of 400")
+        settled(page)
+        expect(tiles(page)).to_have_count(len(ATTACKS))
+        tiles(page).first.click()
+        viewer = page.get_by_role("dialog", name="Photograph")
+        page.keyboard.press("i")
+        for _ in ATTACKS:
+            expect(viewer.locator(".info")).to_contain_text("Pictures & more")
+            page.keyboard.press("ArrowRight")
+        page.keyboard.press("Escape")
+        for attack in ATTACKS[:4]:
+            search(page, attack)
+            expect(page).to_have_title(re.compile("clipmatch$"))
+        page.goto(f"{address}#q=" + quote(ATTACKS[0]) + "&camera=" + quote(ATTACKS[1]) + "&not=" + quote(ATTACKS[2]))
+        settled(page)
+        page.goto(address)
+        page.reload()
+        settled(page)
+        tiles(page).first.hover()
+        tiles(page).first.get_by_role("button", name="More like this").click()
+        page.get_by_label("Name of the concept").fill("<img src=x onerror=alert(17)>")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(300)
+        for key in ("f", "?"):
+            page.keyboard.press(key)
+            page.keyboard.press("Escape")
+        page.get_by_role("button", name="The collection in figures").click()
+        found = page.locator("script:not([src]), iframe, base, meta[http-equiv], [src='x'], style, link[href*=evil]")
+        assert found.count() == 0
+        handlers = """() => [...document.querySelectorAll("*")].flatMap((one) => [...one.attributes])
+            .filter(({ name, value }) => /^on/i.test(name) || (name === "href" && /script:/i.test(value))).length"""
+        assert page.evaluate(handlers) == 0
+
+
+def test_the_policy_of_the_page_stops_code_that_gets_in(visit, address):
+    """If a mistake put an attack into the page after all, the browser would not run it."""
+    page = visit(address, allowed=".")  # the browser complains of each
+    settled(page)
+    page.evaluate(
+        """() => {
+            const make = (name) => document.body.appendChild(document.createElement(name));
+            const attempts = [
+                () => { make("script").text = "window.taken = 1"; },
+                () => { document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.taken = 1'>"); },
+                () => { make("img").setAttribute("onerror", "window.taken = 1"); },
+                () => { make("iframe").srcdoc = "<script>parent.taken = 1</script>"; },
+                () => { make("script").src = "https://evil.example/x.js"; },
+                () => { setTimeout("window.taken = 1", 0); },
+                () => { location.href = "javascript:window.taken = 1"; },
+            ];
+            for (const attempt of attempts) try { attempt(); } catch {}
+        }"""
+    )
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.taken") is None
 
 
 def test_a_photograph_whose_file_is_gone(visit, album, embedded, tmp_path):

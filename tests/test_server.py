@@ -24,8 +24,8 @@ from PIL import Image
 
 from clipmatch.cli import main
 from clipmatch.errors import ClipmatchError
-from clipmatch.guard import LARGEST
 from clipmatch.index import Index
+from clipmatch.limits import LARGEST, QUESTION
 from clipmatch.server import make_app
 from clipmatch.studio import Studio
 from clipmatch.wire import PaintQuestion
@@ -471,15 +471,24 @@ def test_a_token(album, embedded):
 def test_what_browsers_are_told(client):
     for path in ("/", "/app.js", "/api/status", "/nothing"):
         headers = client.get(path).headers
-        assert headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:;")
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        assert (policy["default-src"], policy["script-src"], policy["frame-ancestors"]) == (
+            "'none'",
+            "'self'",
+            "'none'",
+        )
+        assert "unsafe" not in headers["content-security-policy"]
+        assert policy["require-trusted-types-for"] == "'script'"
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
     assert client.get("/").headers["cache-control"] == "no-cache"
 
 
 def test_too_large_a_request(client):
-    headers = {"Content-Type": "application/json", "Content-Length": str(LARGEST + 1)}
-    assert "32 MB" in sentence(client.post("/api/search", content=b"{}", headers=headers), 413)
+    for path, most, said in (("/api/search", QUESTION, "1 MB"), ("/api/search-image", LARGEST, "32 MB")):
+        for length in (str(most + 1), "9" * 30):
+            headers = {"Content-Type": "application/json", "Content-Length": length}
+            assert said in sentence(client.post(path, content=b"{}", headers=headers), 413)
     chunked = client.post("/api/search", content=iter([b"{}"]), headers={"Content-Type": "application/json"})
     assert sentence(chunked, 411)
 

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clipmatch.atomic import atomic_file
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, unwritable
 from clipmatch.modelfolder import CALIBRATION
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -202,7 +202,7 @@ class Calibration:
             with atomic_file(path) as draft:
                 draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ClipmatchError(f"The file {path} can't be written ({error.strerror}).") from error
+            raise unwritable(f"The file {path}", error, "see that its folder can be written") from error
         return path
 
     @classmethod

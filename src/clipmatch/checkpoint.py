@@ -6,7 +6,9 @@ nothing of training loops or image folders.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipmatch.adapters import plain_state
-from clipmatch.atomic import atomic_folder
+from clipmatch.atomic import atomic_folder, remove_drafts
 from clipmatch.config import ModelConfig, PreprocessConfig, from_json, to_json
-from clipmatch.errors import ClipmatchError, reason_of
+from clipmatch.errors import ClipmatchError, reason_of, unwritable
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.model import CLIPModel, Tower
 from clipmatch.modelfolder import (
@@ -38,6 +40,7 @@ from clipmatch.modelfolder import (
 )
 from clipmatch.preprocess import Transform
 from clipmatch.tokenizer import Tokenizer
+from clipmatch.trust import check_folder
 
 PREPROCESSING = "preprocessor_config.json"  # of a Hugging Face tower
 
@@ -83,6 +86,8 @@ def load_tokenizer(tower: str) -> Tokenizer:
 
     source = local_or_name(tower)
     local = source != tower or looks_local(tower) or offline()
+    if Path(source).is_dir():
+        check_folder(Path(source))
     try:
         with quiet_transformers():
             fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
@@ -178,6 +183,7 @@ def refuse_foreign(folder: Path, names: set[str]) -> None:
     """Raise ClipmatchError for a folder that holds more than a saved model: saving replaces it as a whole."""
     if not folder.is_dir():
         return
+    remove_drafts(folder)  # of a calibration, by a process that was killed
     found = {path.name for path in folder.iterdir()}
     foreign = sorted(found - names)
     if not foreign and found:
@@ -269,6 +275,9 @@ def model_draft(folder: Path) -> Iterator[Path]:
     try:
         with atomic_folder(folder) as draft:
             yield draft
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ClipmatchError(f"The folder {folder} can't be written ({reason}); choose another.") from error
+    except OSError as error:
+        raise unwritable(f"The folder {folder}", error, "choose another") from error
+    except SafetensorError as error:  # which has no number of the system's, only what it said
+        full = "os error 28" in str(error)
+        system = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(reason_of(error))
+        raise unwritable(f"The folder {folder}", system, "choose another") from error

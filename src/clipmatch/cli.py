@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ADVICE, ClipmatchError, unwritable
 
 HOMES = {  # in the order of use: command -> its module, and its name there
     "index": ("cli_photos", "index_command"),
@@ -75,7 +75,9 @@ class Commands(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
         except OSError as error:  # an output file that can't be written, a full disk
-            raise click.ClickException(f"{error.filename or 'Output'}: {error.strerror or error}") from error
+            place = error.filename or "Output"
+            told = unwritable(place, error) if error.errno in ADVICE else f"{place}: {error.strerror or error}"
+            raise click.ClickException(str(told)) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clipmatch.atomic import atomic_file
 from clipmatch.cli_photos import index_option, model_option
 from clipmatch.errors import ClipmatchError
 from clipmatch.output import printable
@@ -112,7 +113,8 @@ def export_command(index_file: str | None, file: str) -> None:
 
     with Index.open(index_file, create=False) as index:
         values = index.export_concepts()
-    Path(file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(Path(file)) as draft:
+        draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{len(values['concepts'])} concepts in {printable(file)}")
 
 

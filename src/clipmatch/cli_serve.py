@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import ipaddress
 import secrets
+import shlex
 import socket
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,11 @@ import click
 from clipmatch.cli_photos import index_option, model_option
 from clipmatch.errors import ClipmatchError
 from clipmatch.output import printable
+from clipmatch.storage import default_index, exists, open_store, place_of
 
 if TYPE_CHECKING:
+    from clipmatch.exposure import Exposure
+    from clipmatch.store import Root
     from clipmatch.studio import Studio
 
 PORT = 8765
@@ -38,6 +42,17 @@ PAINTING = 'Painting needs a few packages more; install them with: pip install "
     envvar="CLIPMATCH_TOKEN",
     help="Answer only to those who know it; beyond this computer there is always one, drawn if not given.",
 )
+@click.option(
+    "--originals",
+    is_flag=True,
+    help="With a token: give out the files themselves, with the places in them, and the names of folders.",
+)
+@click.option(
+    "--show",
+    metavar="DIR",
+    multiple=True,
+    help="Show files of this folder, of an index that was made elsewhere; may be repeated.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the page in your browser.")
 @click.option("--generator", metavar="NAME", help="VQGAN or BigGAN that paints in the page; see clipmatch generate.")
 @click.option("--guide", metavar="NAME", help="Model that guides it.")
@@ -47,6 +62,8 @@ def serve_command(
     host: str,
     port: int,
     token: str | None,
+    originals: bool,
+    show: tuple[str, ...],
     open_page: bool,
     generator: str | None,
     guide: str | None,
@@ -55,14 +72,13 @@ def serve_command(
     """Search the index in your browser, until Ctrl-C.
 
     Only this computer can see the page, unless --host says otherwise; whoever opens it from elsewhere needs the token
-    in the address that is printed. The same index can be kept up to date meanwhile: clipmatch index --watch
+    in the address that is printed, and sees pictures without what cameras note in their files. The same index can be
+    kept up to date meanwhile: clipmatch index --watch
 
     With --guide and --generator, or after clipmatch demo --generate in this folder, the page also paints.
     """
     try:
-        import uvicorn
-
-        from clipmatch.server import make_app
+        from clipmatch.server import make_app, server_of
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("clipmatch"):
             raise
@@ -72,16 +88,35 @@ def serve_command(
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(18)
     with listen(host, port) as server:
-        app = make_app(index_file, model, token, studio_of(guide, generator))
+        shown = exposure_of(index_file, show, originals or token is None)
+        app = make_app(index_file, model, token, studio_of(guide, generator), shown)
         address = address_of(host, server.getsockname()[1], token)
         click.echo(f"clipmatch is at {printable(address)}\nCtrl-C ends it.")
         if open_page:
             click.launch(address)
-        config = uvicorn.Config(
-            app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=3
-        )
         with contextlib.suppress(KeyboardInterrupt):  # which is how it is meant to end
-            uvicorn.Server(config).run(sockets=[server])
+            server_of(app).run(sockets=[server])
+
+
+def exposure_of(index_file: str | None, show: tuple[str, ...], originals: bool) -> Exposure:
+    """What may be shown: files below folders that were indexed here, or are named now. Tells which are not."""
+    from clipmatch.exposure import Exposure
+    from clipmatch.index import absolute
+    from clipmatch.leave import given
+
+    place = place_of(index_file or default_index())
+    named = frozenset(absolute(folder) for folder in show)
+
+    def allowed(root: Root) -> bool:
+        return bool({root.path, *root.path.parents} & (named | given(place)))
+
+    if exists(place):
+        with open_store(place) as store:
+            for root in store.roots():
+                if not allowed(root):
+                    click.echo(f"{printable(root.path)} was not indexed here, so its files are not shown.", err=True)
+                    click.echo(f"To show them: --show {shlex.quote(str(root.path))}", err=True)
+    return Exposure(allowed, originals)
 
 
 def studio_of(guide: str | None, generator: str | None) -> Studio | None:
@@ -133,5 +168,6 @@ def address_of(host: str, port: int, token: str | None) -> str:
     """What to type in a browser."""
     from urllib.parse import quote
 
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    everywhere = host in ("0.0.0.0", "::")  # nosec B104
+    name = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")

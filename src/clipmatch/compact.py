@@ -110,7 +110,7 @@ def load_heads(folder: str | Path | None = None) -> OnnxCheckpoint:
     this installation has no model of its own.
     """
     embedder = OnnxEmbedder(find_folder(folder) if folder else embedded_folder())
-    graphs = {name: onnx.load(str(embedder.folder / name)) for name in HEADS}
+    graphs = {name: onnx.load(str(embedder.folder / name), load_external_data=False) for name in HEADS}
     architecture = read_config(embedder.folder)["model"]
     # What a tower gives is pooled already: its only "token", to be taken as it is.
     config = replace(model_config(architecture), image_pooling="cls", text_pooling="cls")

@@ -17,6 +17,7 @@ Config = TypeVar("Config")
 
 DEFAULT_IMAGE_TOWER = "google/vit-base-patch16-224"
 DEFAULT_TEXT_TOWER = "distilbert-base-uncased"
+LARGEST_SIDE = 4096  # pixels; of each picture so many in square are held as float32, which are 200 MB
 INIT_LOGIT_SCALE = 1 / 0.07  # CLIP's start
 LOSSES = ("softmax", "sigmoid", "hinge")
 
@@ -33,10 +34,15 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         require(self.size > 0, "size must be positive", self.size)
+        require(self.size <= LARGEST_SIDE, f"size must be at most {LARGEST_SIDE}", self.size)
         require(self.resample in ("bilinear", "bicubic", "lanczos"), "unknown resample", self.resample)
         require(self.fit in ("stretch", "crop"), "fit must be stretch or crop", self.fit)
         object.__setattr__(self, "mean", tuple(self.mean))  # JSON brings lists
         object.__setattr__(self, "std", tuple(self.std))
+        for values in (self.mean, self.std):
+            good = len(values) == 3 and all(isinstance(value, int | float) and abs(value) < 1e6 for value in values)
+            require(good, "mean and std must be three numbers each", values)
+        require(all(self.std), "std must not be zero", self.std)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class ModelConfig:
         require(self.image_pooling in poolings, f"image_pooling must be one of {poolings}", self.image_pooling)
         require(self.text_pooling in poolings[:2], f"text_pooling must be one of {poolings[:2]}", self.text_pooling)
         require(self.max_length >= 3, "max_length must leave room for a word between two marks", self.max_length)
-        require(self.embed_dim > 0, "embed_dim must be positive", self.embed_dim)
+        require(0 < self.embed_dim <= 1 << 16, "embed_dim must be positive, and at most 65536", self.embed_dim)
         for rate in (self.dropout, self.feature_dropout):
             require(0 <= rate < 1, "dropout must be in [0, 1)", rate)
 

@@ -16,9 +16,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipmatch.atomic import atomic_file
 from clipmatch.data import CaptionSet, splits_of
 from clipmatch.datacheck import DataReport, read_parts
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, unwritable
 from clipmatch.formats import Entry
 from clipmatch.parquet import image_folder as unpacked_folder
 
@@ -42,9 +43,18 @@ def check_free(out: Path) -> None:
     """Raise ClipmatchError if a clean copy can't go there; asked before the work."""
     if out.suffix.lower() != ".csv":
         raise ClipmatchError(f"The clean captions are a CSV file: name it .csv (got {out}).")
-    for path in (out, *split_names(out)):
-        if path.exists() or path.is_symlink():
-            raise ClipmatchError(f"{path} is there already and is not overwritten; name another file.")
+    if is_there(out):
+        raise in_the_way(out)
+
+
+def is_there(path: Path) -> bool:
+    """Whether something lies there, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def in_the_way(path: Path) -> ClipmatchError:
+    """The sentence for it."""
+    return ClipmatchError(f"{path} is there already and is not overwritten; name another file.")
 
 
 def split_names(out: Path) -> tuple[Path, Path]:
@@ -55,22 +65,31 @@ def split_names(out: Path) -> tuple[Path, Path]:
 def write_clean(
     data: CaptionSet, report: DataReport, out: Path, train: str | Path | None = None, dev: str | Path | None = None
 ) -> Fixed:
-    """Write the captions that are worth training on. Raises ClipmatchError if a file is in the way."""
+    """Write the captions that are worth training on. Raises ClipmatchError if a file is in the way.
+
+    The captions come last, so that they are there only if all is; split files that a write that was killed has left
+    behind are no obstacle, for they hold what would be written.
+    """
     check_free(out)
     kept, left_out = sort_out(data, report)
     if not kept:
         raise ClipmatchError(f"Nothing of {data.source} is worth keeping; {out} was not written.")
     names = {entry.image for entry in kept}
     parts, splits = read_parts(data, train, dev)
-    write_new(out, as_csv(kept, splits_of(data.entries)))
     files: tuple[Path, ...] = ()
+    texts: dict[Path, str] = {}
     command = f"clipmatch train --captions {shlex.quote(str(out))} --images {shlex.quote(report.folder)}"
     if parts and not splits.origin.startswith("split by hash"):  # a hash divides the clean copy in the same way
         files = split_names(out)
         for part, file in zip(("train", "dev"), files, strict=True):
             listed = (name for name, own in parts.items() if own == part and name in names)
-            write_new(file, "".join(f"{name}\n" for name in listed))
+            texts[file] = "".join(f"{name}\n" for name in listed)
         command += f" --train-split {shlex.quote(str(files[0]))} --dev-split {shlex.quote(str(files[1]))}"
+    for path in split_names(out):
+        if is_there(path) and not holds(path, texts.get(path)):
+            raise in_the_way(path)
+    for path, text in {**texts, out: as_csv(kept, splits_of(data.entries))}.items():
+        write_new(path, text)
     remarks = [f"No split files were written. {splits.problem}"] if splits.problem else []
     if data.format == "parquet" and unpacked_folder(data.source):
         remarks.append(f"The pictures lie in the folder for caches, {report.folder}; keep it, or a copy.")
@@ -126,11 +145,23 @@ def as_csv(entries: list[Entry], splits: dict[str, str]) -> str:
     return text.getvalue()
 
 
+def holds(path: Path, text: str | None) -> bool:
+    """Whether a file has this content."""
+    try:
+        return text is not None and path.read_bytes() == text.encode()
+    except OSError:
+        return False
+
+
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet."""
+    """Write a file that is not there yet, or holds just that."""
+    if holds(path, text):
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with atomic_file(path, replace=False) as draft:
+            draft.write_text(text, encoding="utf-8", newline="")
+    except FileExistsError:
+        raise in_the_way(path) from None
     except OSError as error:
-        raise ClipmatchError(f"{path} can't be written ({error.strerror}); choose another place.") from error
+        raise unwritable(path, error) from error

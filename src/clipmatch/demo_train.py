@@ -81,7 +81,7 @@ def small_settings(out: Path, seed: int = 0, epochs: int = 11, **changes: Any) -
 
 def learn_tokenizer(rows: Sequence[CaptionedImage], vocab_size: int = 400) -> Tokenizer:
     """A WordPiece vocabulary learnt from captions, in BERT's manner: [CLS] words [SEP]."""
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))  # nosec B106
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -161,11 +161,12 @@ def is_demo(run: Path) -> bool:
 def is_unfinished(run: Path, settings: TrainConfig) -> bool:
     """Whether a run of exactly these settings stopped before its last step."""
     from clipmatch.config import from_json
+    from clipmatch.runstate import find_state
 
     try:
         plan = json.loads((run / "train.json").read_text())
-        state = json.loads((run / "last" / "state.json").read_text())
-    except (OSError, ValueError):
+        state = find_state(run)
+    except (OSError, ValueError, ClipmatchError):
         return False
     same = from_json(TrainConfig, plan["settings"]) == settings  # as settings: JSON has no tuples
-    return bool(same and state["step"] < state["total"])
+    return state is not None and bool(same and state["step"] < state["total"])

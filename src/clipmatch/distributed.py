@@ -42,6 +42,7 @@ from clipmatch.index import absolute, check_folders, name_of
 from clipmatch.ingest import Comparison, Summary, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
+from clipmatch.leave import give
 from clipmatch.photo import Stamp
 from clipmatch.preprocess import plain_reason
 from clipmatch.remote import is_remote, list_files, status_of
@@ -95,6 +96,7 @@ def update(
             store.bind(name_of(embedder))
         for root in roots:
             store.add_root(Root(root, tuple(exclude)))
+        give(store.path, roots)
         known = store.roots() if not roots else [root for root in store.roots() if root.path in roots]
         if not known:
             raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR --engine ray")

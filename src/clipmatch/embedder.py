@@ -265,7 +265,10 @@ class OnnxEmbedder(BatchedEmbedder):
             if not (self.folder / name).is_file():
                 raise self._damaged(f"it has no {name}")
         self.about: dict[str, Any] = values.get("about", {})
-        self.logit_scale = math.exp(self.about.get(LOG_SCALE, math.log(INIT_LOGIT_SCALE)))
+        try:
+            self.logit_scale = math.exp(self.about.get(LOG_SCALE, math.log(INIT_LOGIT_SCALE)))
+        except (OverflowError, TypeError) as error:
+            raise self._damaged(f"{CONFIG} says {LOG_SCALE} {self.about[LOG_SCALE]!r}") from error
         self.fingerprint = values["fingerprint"]
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

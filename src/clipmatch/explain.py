@@ -42,7 +42,7 @@ class Explanation:
 
     score: the cosine of picture and query, in -1..1. words: each word of the query with the change of score that it
     makes. heat [h, w]: in 0..1, how much each place shows what is asked. box: left, top, right, bottom of what the map
-    covers, in fractions of the picture.
+    covers, in fractions of the picture. photo: the photograph; None: as its file has it.
     """
 
     path: Path
@@ -51,6 +51,7 @@ class Explanation:
     words: tuple[tuple[str, float], ...]
     heat: NDArray[np.float32]
     box: tuple[float, float, float, float]
+    photo: Image.Image | None = None
 
     @property
     def peak(self) -> tuple[float, float]:
@@ -65,7 +66,7 @@ class Explanation:
         can't be read any more.
         """
         try:
-            photo = load_image(self.path, longest)
+            photo = load_image(self.path, longest) if self.photo is None else self.photo.copy()
         except ImageError as error:
             raise ClipmatchError(str(error)) from error
         photo.thumbnail((longest, longest))
@@ -109,14 +110,17 @@ class Explanation:
         return Path(path)
 
 
-def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) -> Explanation:
-    """A query and an image file -> why they match, or do not. Raises ClipmatchError if the file can't be read.
+def explain(
+    embedder: BatchedEmbedder, query: str | Query, image: str | Path, photo: Image.Image | None = None
+) -> Explanation:
+    """A query and an image file -> why they match, or do not. photo: what `load_image` makes of the file, if it is at
+    hand. Raises ClipmatchError if the file can't be read.
 
     A query that names concepts has to know their directions (`Index.with_concepts`).
     """
     asked, path = parse_query(query) if isinstance(query, str) else query, Path(image)
     try:
-        picture = load_image(path, embedder.preprocess.size)
+        picture = load_image(path, embedder.preprocess.size) if photo is None else photo
     except ImageError as error:
         raise ClipmatchError(str(error)) from error
     rows = asked.vectors(embedder)  # [t, d]
@@ -127,7 +131,7 @@ def explain(embedder: BatchedEmbedder, query: str | Query, image: str | Path) ->
     places = embedder.encode_places(pixels[None])
     heat = covered(embedder, pixels, contrast) if places is None else heat_of(places[0], contrast)
     score, words = float(whole @ row), parts_of(embedder, asked, rows, whole)
-    return Explanation(path, str(asked), score, words, heat, shown_part(embedder, picture.size))
+    return Explanation(path, str(asked), score, words, heat, shown_part(embedder, picture.size), photo)
 
 
 def parts_of(

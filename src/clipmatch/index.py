@@ -24,6 +24,7 @@ from clipmatch.duplicates import group_near
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES
+from clipmatch.leave import give
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
 from clipmatch.remote import address_of, is_remote
@@ -138,6 +139,7 @@ class Index:
                 self.store.bind(name_of(embedder))
             for root in roots:
                 self.store.add_root(root)
+            give(self.store.path, [root.path for root in roots])
             if not (roots or self.store.roots()):
                 raise ClipmatchError("This index keeps up with no folder yet; name one: clipmatch index DIR")
             summary = update(self.store, embedder, roots or self.store.roots(), progress)
@@ -188,7 +190,7 @@ class Index:
         found.query = str(query) if query else ""
         return found
 
-    # Concepts
+    # Concepts: each is one transaction, so they need not wait for an update that may take hours
 
     def teach(self, name: str, examples: Sequence[str | Path], others: Sequence[str | Path] = ()) -> Concept:
         """Learn what "@name" means from pictures that show it, and others that do not; in the place of one so named.
@@ -220,10 +222,12 @@ class Index:
         good, bad_rows = (rows_in({path: known[path] for path in paths}, self.embedder.dim) for paths in files)
         row, precision = learn(good, bad_rows, rest), leave_one_out(good, bad_rows, rest)
         concept = Concept(plain, row, tuple(files[0]), tuple(files[1]), precision)
-        with self.store.writer():
-            if self.store.model is None:
-                self.store.bind(name_of(self.embedder))
-            self.store.keep_concept(self.embedder.fingerprint, concept)
+        if self.store.model is None:
+            with self.store.writer():
+                if self.store.model is None:
+                    self.store.bind(name_of(self.embedder))
+        check_model(self.store, self.embedder)  # another process may have changed it meanwhile
+        self.store.keep_concept(self.embedder.fingerprint, concept)
         return concept
 
     def concepts(self) -> list[Concept]:
@@ -232,15 +236,13 @@ class Index:
 
     def rename_concept(self, old: str, new: str) -> None:
         """Give a concept another name. Raises ClipmatchError if there is none, or one of the new name."""
-        with self.store.writer():
-            if not self.store.rename_concept(concept_name(old), concept_name(new)):
-                raise self._unknown(concept_name(old))
+        if not self.store.rename_concept(concept_name(old), concept_name(new)):
+            raise self._unknown(concept_name(old))
 
     def forget_concept(self, name: str) -> None:
         """Remove a concept. Raises ClipmatchError if there is none."""
-        with self.store.writer():
-            if not self.store.forget_concept(concept_name(name)):
-                raise self._unknown(concept_name(name))
+        if not self.store.forget_concept(concept_name(name)):
+            raise self._unknown(concept_name(name))
 
     def export_concepts(self) -> dict[str, Any]:
         """All concepts as values of JSON, for `import_concepts` of another index of the same model."""
@@ -279,9 +281,8 @@ class Index:
             examples, others = (tuple(map(Path, value[key])) for key in ("examples", "others"))
             precision = value["precision"]
             taken.append(Concept(name, row, examples, others, None if precision is None else float(precision)))
-        with self.store.writer():
-            for concept in taken:
-                self.store.keep_concept(self.embedder.fingerprint, concept)
+        for concept in taken:
+            self.store.keep_concept(self.embedder.fingerprint, concept)
         return len(taken)
 
     def with_concepts(self, query: Query) -> Query:

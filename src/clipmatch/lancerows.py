@@ -20,13 +20,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clipmatch.errors import own_version
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.store import Filter, ModelName
 
 FORMAT = "clipmatch"  # key of a table's metadata: the version of what follows
 VERSION = b"1"
+NEEDS = "clipmatch.needs"  # likewise: a clipmatch that can read it
 MODEL = "clipmatch.model"  # likewise: the model whose rows it holds
-TOKEN = "clipmatch.token"  # likewise: tells it from any other table that had its name
+TOKEN = "clipmatch.token"  # likewise: tells it from any other table that had its name  # nosec B105
 BITS = 53  # of a number: JSON's readers know no more
 STRAY = 0x100000  # from a stray byte of a file name, as Python has it, to a private character of Unicode, and back
 KEY = {"lance-schema:unenforced-primary-key": "true"}  # two writers that insert the same row at once: one tries again
@@ -41,7 +43,7 @@ ROOTS = pa.schema(
         ("exclude", pa.list_(pa.string())),
         ("follow_links", pa.bool_()),
     ],
-    {FORMAT: VERSION},
+    {FORMAT: VERSION, NEEDS: own_version()},
 )
 FAILURES = pa.schema(
     [

@@ -34,12 +34,13 @@ from lancedb.query import ColumnOrdering, MatchQuery
 from numpy.typing import NDArray
 
 from clipmatch import approximate
-from clipmatch.errors import ClipmatchError, Failure, reason_of
+from clipmatch.errors import ClipmatchError, Failure, newer, reason_of
 from clipmatch.lancerows import (
     CONCEPTS,
     FAILURES,
     FORMAT,
     MODEL,
+    NEEDS,
     PHOTO,
     ROOTS,
     TOKEN,
@@ -100,7 +101,8 @@ class LanceStore:
         if found is None:
             raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
         if int(found) > int(VERSION):
-            raise ClipmatchError(f"The index {path} is from a newer clipmatch; upgrade this one.")
+            needs = store._table("roots").schema.metadata.get(NEEDS.encode(), b"").decode()
+            raise newer(f"The index {path}", needs)
         return store
 
     def __enter__(self) -> LanceStore:
@@ -240,11 +242,14 @@ class LanceStore:
             yield pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
     def _make_indexes(self) -> None:
-        """What finds photographs by number, content, folder and words."""
+        """What finds photographs by number, content, folder and words, unless it is there."""
         photos = self._table("photos")
+        there = {column for index in photos.list_indices() for column in index.columns}
         for column in ("id", "digest", "path"):
-            photos.create_index(column, config=BTree())
-        photos.create_index("words", config=FTS(stem=False, remove_stop_words=False))
+            if column not in there:
+                photos.create_index(column, config=BTree())
+        if "words" not in there:
+            photos.create_index("words", config=FTS(stem=False, remove_stop_words=False))
 
     # Folders
 
@@ -614,11 +619,18 @@ class LanceStore:
                     yield from map(path_of, batch["path"].to_pylist())
 
     def tidy(self) -> None:
-        """After an update: indexes of the new rows, small files made large ones, and old versions removed."""
-        photos = self._table("photos")
-        if photos is None:
+        """After an update: indexes of the new rows, small files made large ones, and old versions removed.
+
+        Also what `bind` has left to do where it was killed.
+        """
+        photos, staged, bound = self._table("photos"), self._table(STAGED), self.model
+        if photos is None or bound is None:
             return
         with reading_errors(self.path):
+            if staged is not None and (staged.schema.metadata or {}).get(MODEL.encode()) == bound.fingerprint.encode():
+                self._db.drop_table(STAGED)
+                del self._tables[STAGED]
+            self._make_indexes()
             indexes = photos.list_indices()
             if len(self) >= approximate.LEAST and not any(index.columns == ["vector"] for index in indexes):
                 photos.create_index("vector", config=IvfRq(distance_type="dot"))

@@ -24,7 +24,7 @@ from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
 from clipmatch.photo import Metadata
 
 if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
+    from xml.etree.ElementTree import Element  # nosec B405
 
     from PIL import Image
 

@@ -20,6 +20,7 @@ from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline, quiet_transformers
 from clipmatch.preprocess import Transform
 from clipmatch.tokenizer import Tokenizer
+from clipmatch.trust import check_folder, check_settings
 
 Tower: TypeAlias = str | dict[str, Any]  # a hub name or local folder with weights, or a Hugging Face config without
 
@@ -45,6 +46,7 @@ def backbone_from_config(tower: dict[str, Any]) -> nn.Module:
 
     if "model_type" not in tower:
         raise ClipmatchError('A tower given as a config needs its "model_type", for example "vit".')
+    check_settings(tower, f"The tower config of type {tower['model_type']!r}")
     values = {key: value for key, value in tower.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(tower["model_type"], **values)
@@ -63,6 +65,8 @@ def pretrained_backbone(tower: str) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
     source = local_or_name(tower)
+    if Path(source).is_dir():
+        check_folder(Path(source))
     options = {"trust_remote_code": False, "local_files_only": source != tower or looks_local(tower) or offline()}
     try:
         config = AutoConfig.from_pretrained(source, **options)

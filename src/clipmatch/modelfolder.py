@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clipmatch.atomic import aside
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, newer, own_version
 from clipmatch.hub import hub_error, looks_local, offline
+from clipmatch.trust import check_folder
 
 SCHEMA = 1
 FORMAT = "clipmatch"
+SAVED_BY = "clipmatch"  # the version that saved it, and so can read it
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION = "image.onnx", "text.onnx", "calibration.json"
 FILES = (CONFIG, TOKENIZER, WEIGHTS, IMAGE_GRAPH, TEXT_GRAPH, CALIBRATION)
 LOG_SCALE = "log_logit_scale"  # in "about" of an ONNX folder, whose graphs have no need of it: training goes on from it
 LOGIT_BIAS = "logit_bias"  # in "about" of a model trained with the sigmoid loss: training goes on from it
+FINGERPRINT = re.compile("[0-9a-f]{16}")  # files are named by it
 EMBEDDED = Path(__file__).parent / "embedded"  # the model that comes with the package ...
 EMBEDDED_NAME = "embedded"  # ... and its name wherever one is asked for; a folder of that name is "./embedded"
 
@@ -116,21 +120,28 @@ def kind_of(config: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, checked for kind and version."""
+    """config.json of a model folder, checked for kind and version; and the folder, for what leads out of it."""
+    if folder != EMBEDDED:  # which is as trustworthy as this code, and may be links if an installer made it so
+        check_folder(folder)
     path = folder / CONFIG
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ClipmatchError(f"The file {path} can't be read ({error}); copy the model again.") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ClipmatchError(f"{folder} is no clipmatch model folder (its config.json is of another program).")
-    if values.get("schema", 0) > SCHEMA:
-        raise ClipmatchError(
-            f"The model in {folder} was saved by a newer clipmatch; upgrade with: pip install -U clipmatch"
-        )
+    schema = values.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise newer(f"The model in {folder}", values.get(SAVED_BY))
     missing = {"model", "preprocess", "fingerprint"} - values.keys()
     if missing:
         raise ClipmatchError(f"The file {path} lacks {', '.join(sorted(missing))}; copy the model again.")
+    wrong = next(
+        (name for name in ("model", "preprocess", "about") if not isinstance(values.get(name, {}), dict)), None
+    )
+    if wrong or not FINGERPRINT.fullmatch(str(values["fingerprint"])):
+        why = f"{CONFIG} has a wrong {wrong or 'fingerprint'}"
+        raise ClipmatchError(f"The model folder {folder} is damaged ({why}); copy it again.")
     return values
 
 
@@ -144,6 +155,7 @@ def config_values(
     return {
         "schema": SCHEMA,
         "format": FORMAT,
+        SAVED_BY: own_version(),
         "model": model,
         "preprocess": preprocess,
         "about": about,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
 from clipmatch.remote import address_of
 
@@ -302,14 +303,10 @@ def copy_file(source: Path, target: Path) -> None:
         if target.is_symlink() or not filecmp.cmp(source, target, shallow=False):
             raise in_the_way(target)
         return
-    target.touch(exist_ok=False)
-    try:
-        shutil.copyfile(source, target)
+    with atomic_file(target, replace=False) as draft:  # half a copy would be in the way of the next try
+        shutil.copyfile(source, draft)
         status = source.stat()
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-    except BaseException:  # half a copy is in the way of the next try
-        target.unlink()
-        raise
+        os.utime(draft, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def link_file(source: Path, target: Path) -> None:

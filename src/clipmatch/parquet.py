@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from clipmatch.atomic import atomic_folder
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.folders import has_shards, image_root, list_shards, split_of
 from clipmatch.formats import CAPTION_COLUMNS, IMAGE_COLUMNS, Entry, LineNote, Reader, captions_of, find_columns
@@ -184,15 +184,13 @@ def unpack(tables: Sequence[Table], folder: Path) -> list[str]:
     """
     from tqdm import tqdm
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     rows: list[str] = []
     names: dict[str, str] = {}  # by content
     sizes: dict[str, int] = {}
     taken = {RECORD}  # in small letters: some file systems know no others
     total = sum(table.file.metadata.num_rows for table in tables)
-    with tqdm(total=total, desc="unpacking", unit="row", disable=total < BATCH) as bar:
+    bar = tqdm(total=total, desc="unpacking", unit="row", disable=total < BATCH)
+    with atomic_folder(folder) as draft, bar:
         for table in tables:
             for row in rows_of(table, [table.image]):
                 bar.update()
@@ -200,13 +198,11 @@ def unpack(tables: Sequence[Table], folder: Path) -> list[str]:
                 digest = hashlib.sha256(data).hexdigest()
                 if data and digest not in names:
                     names[digest] = name = file_name(path, data, digest, taken)
-                    (partial / name).write_bytes(data)
+                    (draft / name).write_bytes(data)
                     sizes[name] = len(data)
                     taken.add(name.lower())
                 rows.append(names[digest] if data else "")
-    (partial / RECORD).write_text(json.dumps({"rows": rows, "sizes": sizes}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        (draft / RECORD).write_text(json.dumps({"rows": rows, "sizes": sizes}))
     return rows
 
 

@@ -23,6 +23,7 @@ from clipmatch.hub import hub_error, local_or_name, offline, quiet_transformers
 from clipmatch.modelfolder import CONFIG, WEIGHTS, hub_config, is_hub_name
 from clipmatch.preprocess import RESAMPLE, Picture, Transform, as_picture, to_rgb
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory
+from clipmatch.trust import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,7 @@ class PretrainedEmbedder(BatchedEmbedder):
     """An `Embedder` around a CLIP-like model of transformers. name: for messages; folder: its files."""
 
     def __init__(self, name: str, folder: Path, device: str | None = None, precision: str | None = None):
+        check_folder(folder)
         self.full_length = architecture_of(name, folder / CONFIG) in FULL_LENGTH
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, precision or "float32")

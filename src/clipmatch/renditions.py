@@ -1,25 +1,21 @@
 """Photographs -> the pictures that a page shows: small ones, and large ones in a format that browsers know.
 
-In: photographs of an index. Out: the bytes of pictures, upright and without EXIF data. Each is made when it is first
-asked for and kept in the cache folder by its content, so a moved file keeps its own. Knows nothing of HTTP.
+In: the bytes of photographs. Out: the bytes of pictures, upright and without EXIF data. They are kept in the cache
+folder by their content, so a moved file keeps its own. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from clipmatch.archive import locate
 from clipmatch.atomic import atomic_file
-from clipmatch.photo import Photo
-from clipmatch.preprocess import ImageError, load_image, plain_reason
-from clipmatch.remote import is_remote, status_of
+from clipmatch.preprocess import load_image
 from clipmatch.runtime import cache_folder
 
 DAY = 86_400  # seconds
@@ -55,47 +51,42 @@ THUMB = Kind("thumb", (960, 480), "webp", (("quality", 80), ("method", 2)))  # r
 FULL = Kind("full", (4096, 4096), "jpeg", (("quality", 90),))
 
 
-def is_unchanged(photo: Photo) -> bool:
-    """Whether the file is the one that was indexed. Raises ImageError if it is gone or no file any more."""
-    try:
-        inside = locate(photo.path)
-        if inside or is_remote(photo.path):
-            size, modified = status_of(inside[0] if inside else photo.path)
-            return modified == photo.stamp.mtime and (inside is not None or size == photo.stamp.size)
-        status = photo.path.stat()
-    except (OSError, ValueError) as error:
-        raise ImageError(photo.path, plain_reason(error)) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(photo.path, "it is not a regular file")
-    return (status.st_size, status.st_mtime_ns) == (photo.stamp.size, photo.stamp.mtime)
+def kind_named(name: str) -> Kind:
+    """The kind that has a name."""
+    return {kind.name: kind for kind in (THUMB, FULL)}[name]
 
 
-def render(photo: Photo, kind: Kind) -> tuple[bytes, bool]:
-    """A photograph -> the bytes of its picture, and whether they show what was indexed. Raises ImageError."""
-    same = is_unchanged(photo)
-    place = pictures_folder() / photo.digest[:2] / f"{photo.digest}.{kind.name}.{kind.form}"
-    if same:
-        with contextlib.suppress(OSError):
-            if time.time() - place.stat().st_mtime > DAY:
-                os.utime(place)  # still wanted
-            return place.read_bytes(), True
-    data = draw(photo.path, kind)
-    if same:
-        # A full disk, or one that can't be written: made again next time. As a whole: another thread may be reading.
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(place) as draft:
-                draft.write_bytes(data)
-    return data, same
+def kept(digest: str, kind: Kind) -> bytes | None:
+    """The picture of a content, if it is kept; None if it has to be drawn."""
+    place = place_of(digest, kind)
+    with contextlib.suppress(OSError):
+        if time.time() - place.stat().st_mtime > DAY:
+            os.utime(place)  # still wanted
+        return place.read_bytes()
+    return None
 
 
-def draw(path: Path, kind: Kind) -> bytes:
-    """A file -> the bytes of its picture, computed."""
-    image = load_image(path, min(kind.box))
+def keep(digest: str, kind: Kind, data: bytes) -> None:
+    """Keep a picture; on a full disk, or one that can't be written, it is drawn again next time."""
+    place = place_of(digest, kind)
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(place) as draft:  # as a whole: another thread may be reading
+            draft.write_bytes(data)
+
+
+def draw(path: Path, kind: Kind, data: bytes) -> bytes:
+    """The bytes of a file, whose name tells RAW files -> the bytes of its picture. Raises ImageError."""
+    image = load_image(path, min(kind.box), data)
     image.thumbnail(kind.box)
     buffer = BytesIO()
     image.save(buffer, kind.form, **dict(kind.settings))
     return buffer.getvalue()
+
+
+def place_of(digest: str, kind: Kind) -> Path:
+    """Where the picture of a content is kept."""
+    return pictures_folder() / digest[:2] / f"{digest}.{kind.name}.{kind.form}"
 
 
 def pictures_folder() -> Path:

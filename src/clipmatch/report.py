@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipmatch.atomic import atomic_file
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, unwritable
 from clipmatch.evaluation import RECALLS, Evaluation, Integers, chance_level
 from clipmatch.preprocess import load_image
 
@@ -342,7 +342,7 @@ def write_page(path: Path, page: str) -> Path:
         with atomic_file(path) as draft:
             draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ClipmatchError(f"The page can't be written to {path}: {error.strerror}; choose another place.") from error
+        raise unwritable(f"The page {path}", error) from error
     return path
 
 

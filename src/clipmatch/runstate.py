@@ -1,11 +1,13 @@
 """What a resumed run needs beside the weights to go on exactly, and when it is worth saving.
 
 In: the parts of a run that change with its steps, and the plain values that tell where it stands. Out: the files that
-lie beside the model in OUT/last, by name; the same parts as they were. Knows nothing of batches, losses or dev.
+lie beside the model in OUT/last, by name; the same parts as they were; whether a run is done. Knows nothing of batches,
+losses or dev.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipmatch.adapters import adapter_state, restore_adapters
+from clipmatch.atomic import aside
+from clipmatch.errors import ClipmatchError
 from clipmatch.optimization import WeightAverage, pack_optimizer, unpack_optimizer
 
 STATE, OPTIMIZER, AVERAGE = "state.json", "optimizer.safetensors", "average.safetensors"
@@ -63,6 +67,37 @@ class RunState:
             return None
         neighbours: Tensor = load_file(folder / NEIGHBOURS)["neighbours"]
         return neighbours.clone()
+
+
+def find_state(run: Path) -> dict[str, Any] | None:
+    """Where a run stands, by its last save; None if there is none. Raises ClipmatchError if that is damaged.
+
+    What has stepped aside is left behind by a save that was cut off in its last moment.
+    """
+    for folder in (run / "last", aside(run / "last")):
+        try:
+            state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            state["step"], state["total"]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise damaged_run(run, f"{STATE} can't be read") from error
+        return state
+    return None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has taken its last step."""
+    state = find_state(run)
+    return state is not None and bool(state["step"] >= state["total"])
+
+
+def damaged_run(run: Path, reason: str) -> ClipmatchError:
+    """The sentence for a run that can't be gone on with."""
+    return ClipmatchError(
+        f"What {run / 'last'} holds is damaged ({reason}); start a new run, from the best model of this one: "
+        f"--model {run / 'best'}"
+    )
 
 
 class SaveClock:

@@ -1,6 +1,7 @@
 """ONNX files -> sessions of ONNX Runtime, which may be opened ahead of need.
 
-In: the path of a graph. Out: a session, and how to run it. Knows nothing of models. Importing this loads nothing slow:
+In: the path of a graph. Out: a session, and how to run it. A graph is whole: one whose weights lie in other files is
+refused before ONNX Runtime sees it. Knows nothing of models. Importing this loads nothing slow:
 a query lets ONNX Runtime read its graph in the background while it imports all else.
 """
 
@@ -11,7 +12,9 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.modelfolder import EMBEDDED
 from clipmatch.runtime import usable_cores
+from clipmatch.trust import check_graph
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, RunOptions
@@ -46,7 +49,10 @@ def open_ahead(path: Path) -> None:
 
 
 def open_session(path: Path, threads: int | None = None) -> InferenceSession:
-    """An ONNX file -> a session on as many threads as this process may use cores, or on `threads`."""
+    """An ONNX file -> a session on as many threads as this process may use cores, or on `threads`.
+
+    Raises ClipmatchError for a graph that names other files, and whatever ONNX Runtime raises.
+    """
     opening = _ahead.pop(path, None) if threads is None else None
     if opening is None:
         return open_now(path, threads)
@@ -61,7 +67,10 @@ def open_now(path: Path, threads: int | None = None) -> InferenceSession:
     """The same, from the start."""
     from onnxruntime import InferenceSession, SessionOptions
 
+    if path.parent != EMBEDDED:
+        check_graph(path)
     options = SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever its name or first bytes say
     options.intra_op_num_threads = threads or usable_cores()  # its own count knows nothing of a container's quota
     # Threads that wait for the next run by spinning take the cores from what a query does with its vector.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

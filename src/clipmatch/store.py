@@ -4,20 +4,24 @@ In: photographs with their vectors; paths that are gone; a `Filter`; concepts. O
 words of their names and captions; concepts. Knows nothing of models, of folders on disk, or of ranking. Shapes: n
 photographs, d numbers a row.
 
-SQLite because it survives `kill -9`, lets many read while one writes (write-ahead log), and is already there. A vector
-belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be filled in while
-the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+SQLite because it survives `kill -9` and power cuts, lets many read while one writes (write-ahead log), and is already
+there. A vector belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be
+filled in while the first still answers. Whatever is derived from this file (vectors.py) can be lost.
+
+A file that can't be written is read. From its version on an older clipmatch knows that it can't read it, and from NEEDS
+which one can.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shlex
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.errors import ClipmatchError, Failure
+from clipmatch.atomic import new_draft
+from clipmatch.errors import ClipmatchError, Failure, newer, own_version, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.teaching import Concept
 
@@ -72,7 +77,12 @@ UPGRADES = (
     ) WITHOUT ROWID;
     """,
 )
+WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
+NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
+MOST_NUMBERS = 1 << 16  # in a vector
 PATIENCE = 30  # seconds that a transaction waits for another process's
+SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
+FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
@@ -147,9 +157,9 @@ def below(folder: Path) -> tuple[str, list[Any]]:
 class Store:
     """One index file. `Store.open` makes or opens it; close it, or use it in a `with` statement."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
+    def __init__(self, path: Path, connection: sqlite3.Connection, obstacle: OSError | None = None):
         self.path = path
-        self._db = connection
+        self._db, self._obstacle = connection, obstacle
 
     @classmethod
     def open(cls, path: str | Path, create: bool = False) -> Store:
@@ -165,10 +175,12 @@ class Store:
         except OSError as error:
             raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
         with reading_errors(path):
-            connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
-        store = cls(path, connection)
+            connection, obstacle = connect(path)
+        store = cls(path, connection, obstacle)
         try:
             with reading_errors(path):
+                connection.execute("PRAGMA cell_size_check = ON")  # damage is told before it is followed
+                store._check_schema()
                 store._upgrade()
         except BaseException:
             connection.close()
@@ -199,16 +211,25 @@ class Store:
     @contextmanager
     def writing(self, photographs: bool = True) -> Iterator[None]:
         """One transaction: all of it is stored, or nothing. What is derived of `photographs` is stale afterwards."""
+        if self._obstacle:
+            raise unwritable(f"The index {self.path}", self._obstacle)
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._all_or_nothing():
                 yield
                 if photographs:
                     self._set("content", os.urandom(16).hex())
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Commit what is done within; on an error, that of the commit too, as on a full disk, undo it."""
+        try:
+            yield
             self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # of some errors SQLite itself has undone it
+                self._db.execute("ROLLBACK")
+            raise
 
     # What it is about
 
@@ -216,7 +237,11 @@ class Store:
     def model(self) -> ModelName | None:
         """The model that it is bound to; None while it is empty."""
         value = self._get("model")
-        return ModelName(**json.loads(value)) if value else None
+        with making_sense(self.path):
+            found = ModelName(**json.loads(value)) if value else None
+            if found and not (isinstance(found.dim, int) and 0 < found.dim <= MOST_NUMBERS):
+                raise ValueError(f"vectors of {found.dim!r} numbers")
+        return found
 
     def bind(self, model: ModelName) -> None:
         """Take the vectors of `model` from now on, and drop those of any other."""
@@ -236,8 +261,9 @@ class Store:
 
     def roots(self) -> list[Root]:
         """The folders that it keeps up with."""
-        rows = self._read("SELECT path, exclude, follow_links FROM roots ORDER BY path")
-        return [Root(Path(os.fsdecode(path)), tuple(json.loads(exclude)), bool(links)) for path, exclude, links in rows]
+        rows = list(self._read("SELECT path, exclude, follow_links FROM roots ORDER BY path"))
+        with making_sense(self.path):
+            return [Root(Path(os.fsdecode(path)), tuple(json.loads(names)), bool(links)) for path, names, links in rows]
 
     def add_root(self, root: Root) -> None:
         """Remember a folder, or how it is walked from now on."""
@@ -303,7 +329,7 @@ class Store:
         question = "SELECT row FROM vectors WHERE model = ? AND digest = ?"
         model = self.model
         found = next(self._read(question, (model.fingerprint if model else "", bytes.fromhex(digest))), None)
-        return np.frombuffer(found[0], "<f4") if found else None
+        return self._row(found[0], model.dim) if found and model else None
 
     def upsert(
         self,
@@ -431,8 +457,11 @@ class Store:
                 (model.fingerprint if model else "",),
             )
             place = 0
-            for place, (number, row) in enumerate(found, 1):
-                numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
+            with closing(found), making_sense(self.path):
+                for place, (number, row) in enumerate(found, 1):
+                    numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
+                if not np.isfinite(rows[:place]).all():
+                    raise ValueError("a vector is not finite")
         return content, numbers[:place], rows[:place]
 
     def named(self, text: str, most: int) -> list[int]:
@@ -451,9 +480,18 @@ class Store:
         model, found = self.model, {}
         question = "SELECT v.row FROM photos p JOIN vectors v ON v.model = ? AND v.digest = p.digest WHERE p.path = ?"
         for path in paths:
-            if row := next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None):
-                found[path] = np.frombuffer(row[0], "<f4")
+            row = next(self._read(question, (model.fingerprint if model else "", os.fsencode(path))), None)
+            if row and model:
+                found[path] = self._row(row[0], model.dim)
         return found
+
+    def _row(self, data: bytes, dim: int) -> NDArray[np.float32]:
+        """A stored row [d]."""
+        with making_sense(self.path):
+            row = np.frombuffer(data, "<f4")
+            if row.shape != (dim,) or not np.isfinite(row).all():
+                raise ValueError("a vector is of another length, or not finite")
+        return row
 
     # Concepts
 
@@ -463,8 +501,9 @@ class Store:
         for name, model, row, *files, precision in self._read(
             "SELECT name, model, row, examples, others, precision FROM concepts ORDER BY name"
         ):
-            examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
-            found[name] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
+            with making_sense(self.path):
+                examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
+                found[str(name)] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
         return found
 
     def keep_concept(self, model: str, concept: Concept) -> None:
@@ -478,10 +517,12 @@ class Store:
 
     def rename_concept(self, old: str, new: str) -> bool:
         """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
-        taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
-        if taken and old.casefold() != new.casefold():
-            raise ClipmatchError(f"There is a concept @{taken[0]} already; remove it first, or choose another name.")
         with self.writing(photographs=False):
+            taken = next(self._read("SELECT name FROM concepts WHERE name = ?", (new,)), None)
+            if taken and old.casefold() != new.casefold():
+                raise ClipmatchError(
+                    f"There is a concept @{taken[0]} already; remove it first, or choose another name."
+                )
             return self._db.execute("UPDATE concepts SET name = ? WHERE name = ?", (new, old)).rowcount > 0
 
     def forget_concept(self, name: str) -> bool:
@@ -523,12 +564,10 @@ class Store:
             return
         with reading_errors(self.path):
             self._db.execute("BEGIN")
-            try:
+            with self._all_or_nothing():
                 yield
-            finally:
-                self._db.execute("COMMIT")
 
-    def _read(self, question: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+    def _read(self, question: str, values: Sequence[Any] = ()) -> Generator[tuple[Any, ...], None, None]:
         """The rows that answer a question."""
         with reading_errors(self.path):
             yield from self._db.execute(question, values)
@@ -543,9 +582,23 @@ class Store:
     def _version(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
+    def _check_schema(self) -> None:
+        """Raise ClipmatchError if the file holds tables, views or triggers of somebody else: those act when it is read
+        or written.
+        """
+        if not 0 < self._version() <= len(UPGRADES):
+            return  # empty, of something else, or of a newer clipmatch, as will be told
+        own = {statement.strip().rstrip(";") for step in UPGRADES for statement in statements(step)}
+        for kind, name, sql in self._db.execute("SELECT type, name, sql FROM sqlite_master"):
+            if not (sql is None or sql in own or name in WORD_TABLES or name.startswith("sqlite_")):
+                raise ClipmatchError(f"The file {self.path} holds a {kind} {name!r} that no index has; don't use it.")
+
     def _upgrade(self) -> None:
         if self._version() > len(UPGRADES):
-            raise ClipmatchError(f"The index {self.path} is from a newer clipmatch; upgrade this one.")
+            needs = None
+            with suppress(ClipmatchError):  # it may keep that elsewhere
+                needs = self._get(NEEDS)
+            raise newer(f"The index {self.path}", needs)
         if self._version() == len(UPGRADES):
             self._get("content")  # a database that has these numbers by chance lacks this table
             return
@@ -553,15 +606,12 @@ class Store:
             raise ClipmatchError(f"The file {self.path} is a database of something else, no index; name another.")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("BEGIN IMMEDIATE")
-        try:  # not executescript, which would commit after each step
+        with self._all_or_nothing():  # not executescript, which would commit after each step
             for step in UPGRADES[self._version() :]:
                 for statement in statements(step):
                     self._db.execute(statement)
+            self._set(NEEDS, own_version())
             self._db.execute(f"PRAGMA user_version = {len(UPGRADES)}")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 COLUMN_NAMES = (
@@ -569,6 +619,9 @@ COLUMN_NAMES = (
     "camera", "caption", "picture_hash",
 )  # fmt: skip
 COLUMNS = ", ".join(COLUMN_NAMES)
+KINDS: tuple[Any, ...] = (
+    bytes, str, bytes, int, int, int, int, int, str | None, float | None, float | None, str | None, str | None, int
+)  # fmt: skip
 
 
 def row_of(photo: Photo) -> tuple[Any, ...]:
@@ -586,9 +639,12 @@ def row_of(photo: Photo) -> tuple[Any, ...]:
 def photo_of(row: Sequence[Any]) -> Photo:
     """The values of `COLUMNS` -> a photograph."""
     path, _, digest, size, mtime, sidecar, width, height, taken, latitude, longitude, camera, caption, signed = row
-    moment = datetime.fromisoformat(taken) if taken else None
-    metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
-    return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
+    with making_sense():
+        if not all(isinstance(value, kind) for value, kind in zip(row, KINDS, strict=True)):
+            raise ValueError("a value is of another kind")
+        moment = datetime.fromisoformat(taken) if taken else None
+        metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
+        return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
 
 
 def statements(script: str) -> Iterator[str]:
@@ -601,8 +657,49 @@ def statements(script: str) -> Iterator[str]:
             text = ""
 
 
+def connect(path: Path) -> tuple[sqlite3.Connection, OSError | None]:
+    """A connection to an index file; where nothing can be written beside it, one that only reads, and why.
+
+    There SQLite can't make the small file by which readers and writers know of each other. Where no writer has left
+    anything, none is there, so it may take the index for one that does not change.
+    """
+    connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # what is committed survives a power cut
+        connection.execute("PRAGMA user_version")  # the first look into it
+        return connection, None
+    except sqlite3.OperationalError:
+        connection.close()
+        obstacle = obstacle_in(path.parent)
+        if obstacle is None:
+            raise
+    if not path.is_file() or not path.stat().st_size:
+        raise unwritable(f"The index {path}", obstacle)
+    log = path.with_name(f"{path.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise ClipmatchError(
+            f"The index {path} has yet to take in what lies in {log.name}, and nothing can be written there "
+            f"({obstacle.strerror}); make that possible, or copy both to another folder."
+        )
+    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None), obstacle
+
+
+def obstacle_in(folder: Path) -> OSError | None:
+    """What keeps a small file from being written in a folder; None if nothing does."""
+    try:
+        with new_draft(folder) as draft:
+            draft.write_bytes(bytes(SHARED))
+    except OSError as error:
+        return error
+    return None
+
+
+class OtherModel(ClipmatchError):
+    """The store holds the vectors of another model; perhaps it was changed over a moment ago."""
+
+
 def check_model(store: PhotoStore, embedder: Embedder) -> None:
-    """Raise ClipmatchError if the store holds another model's vectors."""
+    """Raise OtherModel if the store holds another model's vectors."""
     from clipmatch.storage import default_index
 
     bound = store.model
@@ -612,7 +709,7 @@ def check_model(store: PhotoStore, embedder: Embedder) -> None:
         change = f"clipmatch index --reembed{here}" + (f" --model {shlex.quote(own)}" if own else "")
         search = f"clipmatch find QUERY{here}" + (f" --model {shlex.quote(bound.name)}" if bound.name else "")
         old = "" if bound.name else " in the version of clipmatch that made it"
-        raise ClipmatchError(
+        raise OtherModel(
             f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )
@@ -631,6 +728,8 @@ def one_writer(path: Path, wait: bool) -> Iterator[None]:
             raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
         note(f"Another clipmatch is writing the index {path}; waiting for it.")
         lock.acquire()
+    except OSError as error:
+        raise unwritable(f"The index {path}", error, "name one in a folder of yours with --index") from error
     try:
         yield
     finally:
@@ -643,11 +742,28 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if LOCKED in str(error):
+            raise ClipmatchError(
+                f"Another program has held the index {path} for {PATIENCE} seconds; end that, and try again."
+            ) from error
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if FULL in str(error) else None
+        if obstacle := full or obstacle_in(path.parent):
+            raise unwritable(f"The index {path}", obstacle) from error
         raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
     except sqlite3.DatabaseError as error:
         raise ClipmatchError(
             f"The index {path} is damaged ({error}); delete it and index the folders again."
         ) from error
+
+
+@contextmanager
+def making_sense(path: Path | None = None) -> Iterator[None]:
+    """What can't be made of stored values, in one sentence."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = f"The index {path}" if path else "The index"
+        raise ClipmatchError(f"{where} is damaged ({error}); delete it and index the folders again.") from error
 
 
 def note(text: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from clipmatch.config import TrainConfig, to_json
 from clipmatch.data import Splits, content_hash
 from clipmatch.diagnosis import check_captions, check_epoch, check_features, check_rows
 from clipmatch.embedder import missing_files
-from clipmatch.errors import ClipmatchError, Failure
+from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.evaluation import measure
 from clipmatch.mining import find_neighbours
 from clipmatch.model import Standardise
@@ -43,7 +44,7 @@ from clipmatch.optimization import (
 )
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
-from clipmatch.runstate import RunState, SaveClock
+from clipmatch.runstate import RunState, SaveClock, damaged_run
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_draws, usable_cores
 from clipmatch.sources import SAMPLE, Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
 from clipmatch.streaming import ShardRows, StreamedBatches, hash_of
@@ -190,10 +191,10 @@ class Trainer:
         place = self.out if self.ranks.is_first else None
         with RunLog(place, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
             if self.step == 0 and self.best is None:
-                self.save_last()  # from now on the run can be resumed
+                self.save_last(log)  # from now on the run can be resumed
                 if self.began_from:  # what is to be beaten
                     self.look_at_dev()
-                    self.save_last()
+                    self.save_last(log)
             self.warn(log)
             batches = None
             while self.step < total and not self.ranks.any(stop()) and not self.exhausted:
@@ -207,12 +208,12 @@ class Trainer:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     self.end_epoch(log, seconds, last=self.step == total)
                 if self.step == total or self.exhausted or self.clock.is_due():
-                    self.save_last()
+                    self.save_last(log)
             if self.exhausted:
                 note(f"stopped early: no better dev recall in {self.settings.patience} looks")
             elif self.step < total:
                 finished = False
-                self.save_last()
+                self.save_last(log)
                 note(f"stopped at step {self.step} of {total}; the run in {self.out} can be resumed")
         if self.best is None:
             self.look_at_dev()
@@ -335,8 +336,9 @@ class Trainer:
             yield
         self.model.train()
 
-    def save_last(self) -> None:
+    def save_last(self, log: RunLog) -> None:
         """Everything that a resumed run needs."""
+        log.to_disk()
         standing = {
             "split_hash": self.train_hash,
             "seed": self.seed,
@@ -375,7 +377,10 @@ class Trainer:
         """Continue where `save_last` was called."""
         if state["split_hash"] != self.train_hash:
             raise ClipmatchError(f"The run in {self.out} was trained on other pictures or captions; start a new one.")
-        self.neighbours = self.state.unpack(find_folder(self.out / "last"), state)
+        try:
+            self.neighbours = self.state.unpack(find_folder(self.out / "last"), state)
+        except (OSError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            raise damaged_run(self.out, reason_of(error)) from error
         self.step, self.best, self.best_step = state["step"], state["best"], state.get("best_step", -1)
         self.looks_since_best = state["looks_since_best"]
         self.history = read_history(self.out)[: state["history"]]  # rows after the save are made anew

@@ -11,12 +11,13 @@ Knows how a run starts and where it lies; the loop itself is in `trainer`.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clipmatch.archive import locate
-from clipmatch.atomic import aside
+from clipmatch.atomic import atomic_file
 from clipmatch.checkpoint import (
     Checkpoint,
     create_checkpoint,
@@ -24,11 +25,11 @@ from clipmatch.checkpoint import (
 )
 from clipmatch.config import DataConfig, ModelConfig, TrainConfig, from_json, to_json
 from clipmatch.data import Splits, load_captions, shortest_names, split_captions
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, unwritable
 from clipmatch.modelfolder import EMBEDDED_NAME, IMAGE_GRAPH, WEIGHTS, find_folder, find_local
 from clipmatch.ranks import Ranks
-from clipmatch.runlog import note, note_quirks
-from clipmatch.runstate import STATE
+from clipmatch.runlog import note, note_quirks, one_run
+from clipmatch.runstate import find_state
 from clipmatch.runtime import seed_everything
 from clipmatch.streaming import ShardRows, stream_splits
 from clipmatch.tokenizer import Tokenizer
@@ -54,13 +55,14 @@ def train(
     run = Path(settings.out)
     ranks = Ranks(settings.device)  # before anything can go wrong in one of them alone: the others see it end
     splits = data if isinstance(data, Splits) else read_splits(data, ranks)
-    state = ranks.of_first(lambda: find_state(run, resume))
+    state = ranks.of_first(lambda: state_to_begin_with(run, resume))
     seed_everything(settings.seed)
     checkpoint = open_checkpoint(run / "last") if state else start_from(model, tokenizer)
     note(f"data: {len(splits.train)} pictures to train on, {len(splits.dev)} for dev ({splits.origin})")
-    if ranks.is_first:
-        write_plan(run, data, splits, settings)
-    return Trainer(checkpoint, splits, settings, state, progress, ranks).run()
+    with one_run(run) if ranks.is_first else nullcontext():
+        if ranks.is_first:
+            write_plan(run, data, splits, settings)
+        return Trainer(checkpoint, splits, settings, state, progress, ranks).run()
 
 
 def resume(run: str | Path, progress: bool = True) -> Result:
@@ -104,25 +106,20 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return load_heads(local)
 
 
-def find_state(run: Path, resume: bool) -> dict[str, Any] | None:
+def state_to_begin_with(run: Path, resume: bool) -> dict[str, Any] | None:
     """The saved state of a run to resume; None for a new run. Raises ClipmatchError if the folder does not fit."""
-    saved = next((folder for folder in (run / "last", aside(run / "last")) if (folder / STATE).is_file()), None)
+    state = find_state(run)
     if resume:
-        if saved is None:
+        if state is None:
             raise ClipmatchError(f"{run} holds no run to resume; start one without --resume.")
-        state: dict[str, Any] = json.loads((saved / STATE).read_text())
         return state
-    if saved is not None or (run / "best").exists():
+    if state is not None or (run / "best").exists():
         raise ClipmatchError(f"{run} already holds a run; go on with it by --resume, or choose another --out.")
     return None
 
 
 def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: TrainConfig) -> None:
     """Save what `resume` needs, and which pictures are in which part."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClipmatchError(f"The folder {run} can't be made ({error.strerror}); choose another --out.") from error
     plan = {
         "data": absolute(data, "captions", "images", "train_split", "dev_split")
         if isinstance(data, DataConfig)
@@ -132,11 +129,16 @@ def write_plan(run: Path, data: DataConfig | Splits, splits: Splits, settings: T
             "teachers": [absolute_name(name) for name in settings.teachers],
         },
     }
-    (run / "train.json").write_text(json.dumps(plan, indent=2) + "\n")
-    (run / "splits").mkdir(exist_ok=True)
+    files = {run / "train.json": json.dumps(plan, indent=2) + "\n"}
     for part, chosen in names_of_parts(splits).items():
-        lines = "".join(f"{name}\n" for name in chosen)
-        (run / "splits" / f"{part}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
+        files[run / "splits" / f"{part}.txt"] = "".join(f"{name}\n" for name in chosen)
+    try:
+        for path, text in files.items():
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as draft:  # a resumed run that is killed here leaves what the next one needs
+                draft.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise unwritable(f"The run in {run}", error, "choose another --out") from error
 
 
 def names_of_parts(splits: Splits) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from itertools import islice
 from tqdm import tqdm
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.leave import give, given
 from clipmatch.photo import Photo
 from clipmatch.storage import PhotoStore
 
@@ -60,6 +61,7 @@ def copy_store(source: PhotoStore, target: PhotoStore, progress: bool = True) ->
         target.upsert([], model.fingerprint, {}, source.broken())
         for root in source.roots():
             target.add_root(root)
+        give(target.path, given(source.path))
         for fingerprint, concept in source.concepts().values():
             target.keep_concept(fingerprint, concept)
         target.tidy()

@@ -7,12 +7,12 @@ Knows nothing of HTTP. A photograph's path is shown, never taken: clients name p
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from clipmatch.output import printable
 from clipmatch.photo import Photo
@@ -22,7 +22,12 @@ from clipmatch.store import Filter
 
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
-Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # the number of a photograph
+Named: TypeAlias = "Callable[[Path], str]"
+Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 53)]  # the number of a photograph
+# A camera's clock knows no zone, which the form that OpenAPI calls "date-time" has to have.
+Moment: TypeAlias = Annotated[datetime, WithJsonSchema({"type": "string", "title": "ISO 8601, without a zone"})]
+EITHER = {"anyOf": [{"type": "string"}, {"type": "number"}]}
+PAIR = WithJsonSchema({"type": "array", "minItems": 2, "maxItems": 2, "items": EITHER})  # as older tools read it too
 
 
 class Strict(BaseModel):
@@ -42,9 +47,8 @@ class Where(Strict):
     has_caption: bool = False
     folder: str | None = Field(default=None, max_length=10 * LONGEST)
 
-    def filter(self, roots: list[Path]) -> Filter:
-        """The same for an index with these folders. Raises KeyError for a folder that is none of them."""
-        folders = {printable(root): root for root in roots}
+    def filter(self, folders: Mapping[str, Path]) -> Filter:
+        """The same for an index with these folders, by name. Raises KeyError for a folder that is none of them."""
         return Filter(
             folders=(folders[self.folder],) if self.folder else (),
             after=datetime.combine(self.after, time()) if self.after else None,
@@ -79,11 +83,11 @@ class Question(Listing):
     min_confidence: float | None = Field(default=None, ge=0, le=1)
     hybrid: bool = False
 
-    def request(self, roots: list[Path], sentence: bool) -> Request:
+    def request(self, folders: Mapping[str, Path], sentence: bool) -> Request:
         """How to search for it. sentence: whether that is one and nothing else."""
         return Request(
             exclude=tuple(text.strip() for text in self.exclude if text.strip()),
-            where=self.where.filter(roots),
+            where=self.where.filter(folders),
             top_k=self.size,
             page=self.page,
             min_confidence=self.min_confidence if sentence else None,
@@ -121,6 +125,12 @@ class PaintQuestion(Strict):
     n: int = Field(default=1, ge=1, le=16)
 
 
+class Problem(BaseModel):
+    """What went wrong, in a sentence."""
+
+    detail: str
+
+
 class PaintEvent(BaseModel):
     """A painting on its way. image: as it is after that step, as a data URL."""
 
@@ -141,8 +151,8 @@ class PhotoRow(BaseModel):
     size: int
     width: int
     height: int
-    taken: datetime | None
-    moment: datetime
+    taken: Moment | None
+    moment: Moment
     camera: str | None
     caption: str | None
     thumb: str
@@ -200,7 +210,7 @@ class Why(BaseModel):
     """image: the photograph with the heat over it, as a data URL. words: what each adds to the score."""
 
     image: str
-    words: list[tuple[str, float]]
+    words: list[Annotated[tuple[str, float], PAIR]]
     score: float
 
 
@@ -211,18 +221,18 @@ class Statistics(BaseModel):
     bytes: int
     captions: int
     failed: int
-    years: list[tuple[str, int]]
-    cameras: list[tuple[str, int]]
-    formats: list[tuple[str, int]]
+    years: list[Annotated[tuple[str, int], PAIR]]
+    cameras: list[Annotated[tuple[str, int], PAIR]]
+    formats: list[Annotated[tuple[str, int], PAIR]]
 
 
-def photo_values(number: int, photo: Photo) -> dict[str, Any]:
-    """The values of a `PhotoRow`. Stray bytes of names are shown escaped, for JSON can't hold them."""
+def photo_values(number: int, photo: Photo, named: Named) -> dict[str, Any]:
+    """The values of a `PhotoRow`. named: the path as clients may see it."""
     data, version = photo.metadata, photo.digest[:16]
     return {
         "id": number,
         "name": printable(photo.path.name),
-        "path": printable(photo.path),
+        "path": named(photo.path),
         "size": photo.stamp.size,
         "width": max(data.width, 1),
         "height": max(data.height, 1),
@@ -245,28 +255,28 @@ def data_url(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def photo_row(number: int, photo: Photo) -> PhotoRow:
+def photo_row(number: int, photo: Photo, named: Named) -> PhotoRow:
     """A photograph of the index."""
-    return PhotoRow(**photo_values(number, photo))
+    return PhotoRow(**photo_values(number, photo, named))
 
 
-def match_row(numbers: Mapping[Path, int], match: Match | None) -> MatchRow | None:
+def match_row(numbers: Mapping[Path, int], match: Match | None, named: Named) -> MatchRow | None:
     """A match; None if its photograph has just left the index."""
     number = numbers.get(match.path) if match else None
     if match is None or match.photo is None or number is None:
         return None
     return MatchRow(
-        **photo_values(number, match.photo),
+        **photo_values(number, match.photo, named),
         score=match.score,
         confidence=match.confidence,
         duplicates=len(match.duplicates),
     )
 
 
-def answer_of(store: PhotoStore, matches: Matches, size: int) -> Answer:
+def answer_of(store: PhotoStore, matches: Matches, size: int, named: Named) -> Answer:
     """A page of matches, of which `size` were asked for."""
     shown = matches or [matches.best] * (matches.best is not None)
     numbers = store.numbers_of(match.path for match in shown if match)
-    rows = [row for match in matches if (row := match_row(numbers, match))]
-    best = None if matches else match_row(numbers, matches.best)
+    rows = [row for match in matches if (row := match_row(numbers, match, named))]
+    best = None if matches else match_row(numbers, matches.best, named)
     return Answer(matches=rows, best=best, searched=matches.searched, vetoed=matches.vetoed, more=len(matches) == size)

@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.modelfolder import CONFIG, WEIGHTS, fingerprint_of
+from clipmatch.trust import check_folder
 
 PICKLED = "pytorch_model.bin"  # of which nothing but tensors is read
 FAR = 2.0  # noise beyond it was never drawn for a published sample
@@ -218,20 +217,13 @@ def load_biggan(folder: Path) -> BigGAN:
 
     Raises ClipmatchError when a file is missing, damaged, or not of such a model.
     """
+    check_folder(folder)
     try:
         config = parse_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.device("meta"):  # nothing is drawn that the weights replace at once
             model = BigGAN(config)
         model.load_state_dict(folded(read_weights(folder)), assign=True)
-    except (
-        OSError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # safetensors, PyTorch and its reader of old files have about ten kinds
         raise ClipmatchError(
             f"The folder {folder} holds no BigGAN-deep that can be read ({reason_of(error)}); copy it again, with "
             f"{CONFIG} and {WEIGHTS} or {PICKLED}."

@@ -7,7 +7,6 @@ the captions, and the text tower's shape. Knows nothing of generators.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from clipmatch.config import ModelConfig
 from clipmatch.data import Splits, load_captions, split_captions
 from clipmatch.demo_train import SIZE, learn_tokenizer, small_model, train_small
 from clipmatch.errors import ClipmatchError
-from clipmatch.runstate import STATE
+from clipmatch.runstate import is_finished
 from clipmatch.scenes import generate
 
 GUIDE_SCENES = 8500  # of the guide's set, train and dev, that the judge's leaves out
@@ -52,12 +51,3 @@ def make_judge(out: Path, seed: int = 0, train: int = 8000, progress: bool = Tru
     if not train_small(out / RUN, splits, seed + 1, judge_model(tokenizer.vocab_size)):
         raise ClipmatchError("The judge's training was stopped; the same command goes on where it was.")
     return out / RUN, splits
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a training run has taken its last step."""
-    try:
-        state = json.loads((run / "last" / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(state["step"] == state["total"])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from clipmatch.atomic import atomic_file
 from clipmatch.config import PreprocessConfig
 from clipmatch.embedder import read_batches
 from clipmatch.errors import ClipmatchError, Failure
@@ -31,15 +32,14 @@ def decode_pictures(paths: Sequence[Path], size: int, file: Path, progress: bool
     """
     transform = Transform(PreprocessConfig(size=size, fit="crop", resample="bicubic"))
     good, failures = list[Path](), list[Failure]()
-    draft = file.with_suffix(".draft")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("wb") as target, tqdm(total=len(paths), desc="reading", unit="img", disable=not progress) as bar:
+    bar = tqdm(total=len(paths), desc="reading", unit="img", disable=not progress)
+    with bar, atomic_file(file) as draft, draft.open("wb") as target:
         for batch in read_batches(list(paths), transform):
             target.write(batch.pixels.tobytes())
             good += batch.paths
             failures += batch.failures
             bar.update(len(batch.paths) + len(batch.failures))
-    draft.replace(file)
     if not good:
         first = failures[0]
         raise ClipmatchError(f"None of the {len(paths)} pictures can be read; the first, {first.path}: {first.reason}.")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from clipmatch.config import from_json, require, to_json
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import CONFIG, WEIGHTS, fingerprint_of, write_json
+from clipmatch.trust import check_folder
 
 KIND = "clipmatch prior"  # in a folder's config.json
 SQUARE = 2  # side of the squares of tokens that share a place in the transformer
@@ -225,6 +226,7 @@ def save_prior(prior: Prior, folder: str | Path) -> None:
 def load_prior(folder: str | Path) -> Prior:
     """A folder that `save_prior` wrote -> the prior, frozen, in eval mode. Raises ClipmatchError if it is none."""
     folder = Path(folder).expanduser()
+    check_folder(folder)
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if values.get("format") != KIND:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.hub import hub_error, local_or_name, looks_local, offline
 from clipmatch.modelfolder import CONFIG, fingerprint_of
+from clipmatch.trust import check_folder
 
 KIND = "VQModel"  # in a folder's config.json
 VQ_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,6 +38,8 @@ def load_vqgan(name: str | Path) -> VQModel:
         within = {"subfolder": folder}
     if local and not (Path(source) / CONFIG).is_file():
         raise ClipmatchError(f"{name} holds no VQGAN (it has no {CONFIG}); train one with: clipmatch train-vqgan")
+    if local:
+        check_folder(Path(source))
     try:
         within |= {"local_files_only": local or offline()}
         config: dict[str, Any] = VQModel.load_config(source, **within)

@@ -1,0 +1,142 @@
+"""An index that a server asks: its threads, its model, and what has to wait for its turn.
+
+In: an index file, questions. Out: answers, or `HTTPException` for what is not there and what can't be done now. Knows
+nothing of addresses or of the form of answers.
+
+SQLite's connections belong to threads, so the index is open in two of them that share the model: one answers, the other
+does what may take long. The index may change meanwhile: each question sees it as it is then. If it changes over to
+another model, the server follows; if another file takes its place, that is opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import HTTPException, Request
+
+from clipmatch.decoder import Decoders
+from clipmatch.embedder import Embedder, load_model
+from clipmatch.errors import ClipmatchError
+from clipmatch.exposure import Exposure
+from clipmatch.index import Index
+from clipmatch.runtime import usable_cores
+from clipmatch.store import OtherModel
+
+if TYPE_CHECKING:
+    from clipmatch.studio import Studio
+
+Result = TypeVar("Result")
+
+GONE, LEFT, BUSY = 404, 499, 503
+CHANGED = "The index was changed over to another model just now; ask again."
+WAITING = 400  # questions that wait for one thread, or pictures for their turn; one more is told to come again
+
+
+class Desk:
+    """An index and the one thread that asks it."""
+
+    def __init__(self, path: Path | str, service: Service):
+        self._path, self._service = path, service
+        self._thread = ThreadPoolExecutor(1, "index")
+        self._index: Index | None = None
+        self._file: tuple[int, int] | None = None
+        self._waiting = 0
+
+    async def ask(self, question: Callable[[Index], Result]) -> Result:
+        """What the index answers. Raises HTTPException if a photograph is not, or no longer, in it, or many wait."""
+        if self._waiting >= WAITING:
+            raise busy()
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, question)
+        finally:
+            self._waiting -= 1
+
+    def _answer(self, question: Callable[[Index], Result]) -> Result:
+        index = self._opened()
+        try:
+            return question(index)
+        except OtherModel as error:
+            self._service.follow(index)
+            self._close()
+            raise ClipmatchError(CHANGED) from error
+        except KeyError as error:
+            raise HTTPException(GONE, f"{error.args[0]!r} is not in the index; it may have changed.") from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._thread.submit(self._close)
+        self._thread.shutdown()
+
+    def _opened(self) -> Index:
+        """The index that lies there now: to go on with one that was moved away or replaced could damage it."""
+        file = file_at(self._path)
+        if self._index is not None and file != self._file:
+            self._close()
+        if self._index is None:
+            self._index, self._file = Index.open(self._path, self._service.embedder, create=False), file
+        return self._index
+
+    def _close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+
+
+class Service:
+    """What the endpoints share: two desks, the model, decoders, and turns for what keeps a core busy."""
+
+    def __init__(self, path: Path | str, embedder: Embedder, studio: Studio | None, exposure: Exposure):
+        self.embedder, self.studio, self.exposure = embedder, studio, exposure
+        self.desk, self.back = Desk(path, self), Desk(path, self)
+        self.decoders = Decoders()
+        self.turns = asyncio.Semaphore(usable_cores())
+        self._waiting = 0
+        self._following = Lock()
+
+    def follow(self, index: Index) -> None:
+        """Load the model that the index was changed over to. Raises ClipmatchError if it can't be loaded."""
+        with self._following:
+            bound = index.store.model
+            if bound and bound.fingerprint != self.embedder.fingerprint:
+                self.embedder = load_model(bound.name)
+
+    async def compute(self, work: Callable[[], Result], request: Request) -> Result:
+        """Do something in a thread when it is its turn, unless the client has gone by then, or many wait."""
+        if self._waiting >= WAITING:
+            raise busy()
+        self._waiting += 1
+        try:
+            async with self.turns:
+                if await request.is_disconnected():
+                    raise HTTPException(LEFT, "The client has gone.")
+                return await asyncio.to_thread(work)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Let go of the files, and of what is under way."""
+        self.decoders.close()
+        self.desk.close()
+        self.back.close()
+        if self.studio is not None:
+            self.studio.close()
+
+
+def file_at(path: Path | str) -> tuple[int, int] | None:
+    """Which file or folder lies there; None of an address, or if there is none."""
+    try:
+        found = None if isinstance(path, str) else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_dev, found.st_ino)
+
+
+def busy() -> HTTPException:
+    """What to raise when too many wait."""
+    return HTTPException(BUSY, "The server has too much to do; try again.", {"Retry-After": "2"})
