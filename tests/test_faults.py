@@ -222,7 +222,7 @@ def test_an_index_on_a_disk_that_can_only_be_read(disk, photos):
     (disk / "photos.sqlite.vectors").unlink()
     with read_only(disk), Index.open(path, ColourEmbedder()) as index:
         assert [match.path.name for match in index.find("red", top_k=1)] == ["red.png"]
-        with pytest.raises(ClipmatchError, match=r"can't be written \(Read-only file system\); that disk can only be"):
+        with pytest.raises(ClipmatchError, match=r"can't be written \(Read-only file system\); choose another place"):
             index.update(progress=False)
         with pytest.raises(ClipmatchError, match="can't be written"):
             index.teach("rex", [photos / "red.png"])
