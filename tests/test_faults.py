@@ -99,7 +99,7 @@ def test_killed_and_followed_at_a_tiny_size(tmp_path):
 
 
 def test_drafts_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
-    dead = tmp_path / f"{DRAFT}0123"
+    dead = tmp_path / f"{DRAFT}{7:032x}"
     dead.write_text("half")
     with atomic_file(tmp_path / "mine.txt") as alive:
         alive.write_text("mine")
@@ -137,9 +137,9 @@ def test_a_folder_that_another_writes_is_refused(tmp_path):
 def test_a_draft_in_a_model_folder_is_no_file_of_somebody_else(model_folder, tmp_path):
     """What `clipmatch evaluate` leaves behind if it is killed while it keeps the calibration."""
     shutil.copytree(model_folder, tmp_path / "model")
-    (tmp_path / "model" / f"{DRAFT}0123").write_text("half")
+    (tmp_path / "model" / f"{DRAFT}{7:032x}").write_text("half")
     save_checkpoint(load_checkpoint(model_folder), tmp_path / "model")
-    assert not (tmp_path / "model" / f"{DRAFT}0123").exists()
+    assert not (tmp_path / "model" / f"{DRAFT}{7:032x}").exists()
 
 
 def test_what_takes_its_place_is_on_the_disk_before_and_its_folder_after(tmp_path, monkeypatch):
