@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from colours import ColourEmbedder, paint
 from fastapi.testclient import TestClient
@@ -24,6 +25,7 @@ from clipmatch.data import load_captions, split_captions
 from clipmatch.datacheck import check_data
 from clipmatch.datafix import write_clean
 from clipmatch.errors import ClipmatchError, own_version
+from clipmatch.generation import looptools
 from clipmatch.index import Index
 from clipmatch.output import copy_file
 from clipmatch.runlog import RunLog, one_run, read_history
@@ -343,6 +345,26 @@ def test_a_run_stands_where_its_last_save_says(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "last").rename(aside(tmp_path / "run" / "last"))  # killed between two renamings
     assert is_finished(tmp_path / "run")
+
+
+def test_a_generator_whose_save_was_cut_off_between_two_renamings_goes_on(tmp_path):
+    class Learner:
+        def __init__(self):
+            self.parts = {"line": torch.nn.Linear(1, 1)}
+            self.optimizers = {"line": looptools.adamw(self.parts["line"], 0.1)}
+
+        def step(self, number):
+            return {"loss": float(number)}
+
+        def look(self, number):
+            return {}
+
+    assert looptools.run_steps(Learner(), tmp_path / "run", 2, {}, progress=False)
+    (tmp_path / "run" / "last").rename(aside(tmp_path / "run" / "last"))
+    with pytest.raises(ClipmatchError, match="already holds a run"):
+        looptools.run_steps(Learner(), tmp_path / "run", 3, {}, progress=False)
+    assert looptools.run_steps(Learner(), tmp_path / "run", 3, {}, resume=True, progress=False)
+    assert looptools.is_finished(tmp_path / "run", 3)
 
 
 # Captions
