@@ -25,7 +25,7 @@ class Failure:
 ADVICE = {  # to what the system says of a disk
     errno.ENOSPC: "make room there and try again",
     errno.EDQUOT: "make room there and try again",
-    errno.EROFS: "that disk can only be read; choose another place",
+    errno.EROFS: "choose another place",
     errno.EBUSY: "wait for it, or choose another place",
 }
 
