@@ -180,6 +180,15 @@ def test_the_model_that_training_began_with_counts_too(
     assert ("training never beat it on dev" in capsys.readouterr().err) == (best == 0)
 
 
+def test_a_guide_need_not_beat_the_model_that_it_began_with(splits, tokenizer, tmp_path, monkeypatch):
+    script_looks(monkeypatch, 0.9, 0.2)
+    start = train(splits, whole(tmp_path / "run", epochs=1), tiny(tokenizer), tokenizer=tokenizer, progress=False)
+    settings = whole(tmp_path / "guide", epochs=1, adversarial=7.0)
+    guide = train(splits, settings, start.model, progress=False)
+    assert guide.dev["text_to_image"]["recall@1"] == 0.2
+    assert same(weights(tmp_path / "guide"), weights(tmp_path / "guide", "last"))
+
+
 def test_early_stopping(splits, tokenizer, tmp_path, monkeypatch):
     level = {d: {f"recall@{k}": 0.5 for k in (1, 5, 10)} for d in ("text_to_image", "image_to_text")}
     monkeypatch.setattr(Trainer, "measure_dev", lambda self: level)

@@ -192,7 +192,8 @@ class Trainer:
         with RunLog(place, self.history) as log, stop_on_interrupt() as stop, self.bar(total) as bar:
             if self.step == 0 and self.best is None:
                 self.save_last(log)  # from now on the run can be resumed
-                if self.began_from:  # what is to be beaten
+                # What is to be beaten, unless recall is given for being harder to fool.
+                if self.began_from and not self.settings.adversarial:
                     self.look_at_dev()
                     self.save_last(log)
             self.warn(log)
