@@ -1,18 +1,20 @@
 """What is left of an index, a training run or captions after kill -9, a full or read-only disk, a power cut.
 
-    python benchmarks/reliability_faults.py [--kills 20] [--cheap 100] [--parts kills disks order] [--json FILE]
+    python benchmarks/reliability_faults.py [--kills 20] [--cheap 100] [--works NAME...] [--parts NAME...] [--json FILE]
 
 Everything is tried on real processes, over pictures that are drawn for it. One thread each, two at a time.
 
-    kills   each work is killed at moments that are drawn at random (seed 0) between its first write and its end, as an
-            undisturbed run tells them; works that write only at their end, between their start and that. Just before
-            the kill a reader notes what is stored. Afterwards: does it open, is all that the reader saw there, does the
-            same command (or --resume) end well, is the result that of the undisturbed run, bit by bit.
-    disks   each work on a disk that is too small, from a tenth to nine tenths of what it takes (needs the right to
-            mount one): one sentence and a status of 1, nothing lost; then, with room, the same result. A disk that can
-            only be read: what reads answers, what writes says why not. A clock that goes back (needs faketime).
-    order   the system calls of each work (needs strace): a file or folder that takes its place has been put on the disk
-            before, its folder after; of the store's log every commit.
+    kills       each work is killed at moments that are drawn at random (seed 0) between its first write and its end, as
+                an undisturbed run tells them; works that write only at their end, between their start and that. Just
+                before the kill a reader notes what is stored. Afterwards: does it open, is all that the reader saw
+                there, does the same command (or --resume) end well, is the result that of the undisturbed run, bit by
+                bit.
+    full disk   each work on a disk that is too small, from a tenth to nine tenths of what it takes (needs the right to
+                mount one): one sentence and a status of 1, nothing lost; then, with room, the same result.
+    read-only   a disk that can only be read: what reads answers, what writes says why not.
+    clock       a clock that goes back by 400 days in the middle of each work (needs faketime).
+    order       the system calls of each work (needs strace): a file or folder that takes its place has been put on the
+                disk before, its folder after; of the store's log every commit.
 """
 
 import argparse
@@ -220,7 +222,7 @@ def fill(work, disk, whole, size):
     return found
 
 
-def full(works, place):
+def full(works, place, options):
     """Each work on disks that are too small -> figures by work; None where no disk can be made."""
     result = {}
     with small_disk(place / "disk", 2**20) as disk:
@@ -240,10 +242,10 @@ def full(works, place):
     return result
 
 
-def read_only(works, place):
+def read_only(works, place, options):
     """An index and a run on a disk that can only be read -> by command: its status and what it said."""
     if set(works) != set(NAMES):
-        return None
+        return {}
     with small_disk(place / "disk", 2**20) as disk:
         if disk is None:
             return None
@@ -277,7 +279,7 @@ def read_only(works, place):
     return json.loads(json.dumps(result).replace(str(disk), "DISK"))
 
 
-def clock(works, place):
+def clock(works, place, options):
     """The clock goes back by 400 days in the middle of each work -> whether its result is that of a calm one."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
     if library is None:
@@ -362,7 +364,7 @@ def check_order(trace, place):
     return found
 
 
-def order(works, place):
+def order(works, place, options):
     """The system calls of each work -> figures by work; None without strace."""
     if shutil.which("strace") is None:
         return None
@@ -405,6 +407,9 @@ def show(result):
         print(table(["command", "what it does"], rows))
 
 
+PARTS = {"kills": kills, "full disk": full, "read-only": read_only, "clock": clock, "order": order}
+
+
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="of training")
@@ -412,8 +417,8 @@ def parse(arguments=None):
     parser.add_argument("--pictures", type=int, default=320)
     parser.add_argument("--concepts", type=int, default=60, help="that are imported")
     parser.add_argument("--works", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--parts", nargs="+", choices=["kills", "disks", "order"], default=["kills", "disks", "order"])
-    parser.add_argument("--json", type=Path, help="written after each part; what other parts have put there stays")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, help="written after each part; what other works and parts put there stays")
     return parser.parse_args(arguments)
 
 
@@ -427,14 +432,8 @@ def main():
         works = make_works(place, options.pictures, options.concepts, tuple(options.works))
         result["pictures"], result["concepts"] = options.pictures, options.concepts
         for part in options.parts:
-            if part == "kills":
-                result["kills"] = {**result.get("kills", {}), **kills(works, place, options)}
-            elif part == "disks":
-                result["full disk"] = full(works, place)
-                result["read-only"] = read_only(works, place)
-                result["clock"] = clock(works, place)
-            else:
-                result["order"] = order(works, place)
+            found = PARTS[part](works, place, options)
+            result[part] = found if found is None else {**(result.get(part) or {}), **found}
             write_json(options.json, result)
     show(result)
 
