@@ -359,7 +359,7 @@ def incomplete_config(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .*model.safetensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "is damaged .*Cannot read the tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "is damaged .*Cannot read the tokenizer"),
-        (newer, "saved by a newer clipmatch; upgrade with: pip install -U clipmatch"),
+        (newer, r'is from a newer clipmatch, and this is .*; upgrade this one: pip install -U "clipmatch"'),
         (foreign, "no clipmatch model folder"),
         (misspelt, "is damaged .*Unknown setting 'embed_dimm' for ModelConfig; did you mean 'embed_dim'"),
         (hub_tower, "is damaged .*does not describe its towers"),

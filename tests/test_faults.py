@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from colours import ColourEmbedder, paint
 from fastapi.testclient import TestClient
@@ -24,6 +25,7 @@ from clipmatch.data import load_captions, split_captions
 from clipmatch.datacheck import check_data
 from clipmatch.datafix import write_clean
 from clipmatch.errors import ClipmatchError, own_version
+from clipmatch.generation import looptools
 from clipmatch.index import Index
 from clipmatch.output import copy_file
 from clipmatch.runlog import RunLog, one_run, read_history
@@ -99,7 +101,7 @@ def test_killed_and_followed_at_a_tiny_size(tmp_path):
 
 
 def test_drafts_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
-    dead = tmp_path / f"{DRAFT}0123"
+    dead = tmp_path / f"{DRAFT}{7:032x}"
     dead.write_text("half")
     with atomic_file(tmp_path / "mine.txt") as alive:
         alive.write_text("mine")
@@ -137,9 +139,9 @@ def test_a_folder_that_another_writes_is_refused(tmp_path):
 def test_a_draft_in_a_model_folder_is_no_file_of_somebody_else(model_folder, tmp_path):
     """What `clipmatch evaluate` leaves behind if it is killed while it keeps the calibration."""
     shutil.copytree(model_folder, tmp_path / "model")
-    (tmp_path / "model" / f"{DRAFT}0123").write_text("half")
+    (tmp_path / "model" / f"{DRAFT}{7:032x}").write_text("half")
     save_checkpoint(load_checkpoint(model_folder), tmp_path / "model")
-    assert not (tmp_path / "model" / f"{DRAFT}0123").exists()
+    assert not (tmp_path / "model" / f"{DRAFT}{7:032x}").exists()
 
 
 def test_what_takes_its_place_is_on_the_disk_before_and_its_folder_after(tmp_path, monkeypatch):
@@ -222,7 +224,7 @@ def test_an_index_on_a_disk_that_can_only_be_read(disk, photos):
     (disk / "photos.sqlite.vectors").unlink()
     with read_only(disk), Index.open(path, ColourEmbedder()) as index:
         assert [match.path.name for match in index.find("red", top_k=1)] == ["red.png"]
-        with pytest.raises(ClipmatchError, match=r"can't be written \(Read-only file system\); that disk can only be"):
+        with pytest.raises(ClipmatchError, match=r"can't be written \(Read-only file system\); choose another place"):
             index.update(progress=False)
         with pytest.raises(ClipmatchError, match="can't be written"):
             index.teach("rex", [photos / "red.png"])
@@ -343,6 +345,26 @@ def test_a_run_stands_where_its_last_save_says(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "last").rename(aside(tmp_path / "run" / "last"))  # killed between two renamings
     assert is_finished(tmp_path / "run")
+
+
+def test_a_generator_whose_save_was_cut_off_between_two_renamings_goes_on(tmp_path):
+    class Learner:
+        def __init__(self):
+            self.parts = {"line": torch.nn.Linear(1, 1)}
+            self.optimizers = {"line": looptools.adamw(self.parts["line"], 0.1)}
+
+        def step(self, number):
+            return {"loss": float(number)}
+
+        def look(self, number):
+            return {}
+
+    assert looptools.run_steps(Learner(), tmp_path / "run", 2, {}, progress=False)
+    (tmp_path / "run" / "last").rename(aside(tmp_path / "run" / "last"))
+    with pytest.raises(ClipmatchError, match="already holds a run"):
+        looptools.run_steps(Learner(), tmp_path / "run", 3, {}, progress=False)
+    assert looptools.run_steps(Learner(), tmp_path / "run", 3, {}, resume=True, progress=False)
+    assert looptools.is_finished(tmp_path / "run", 3)
 
 
 # Captions

@@ -386,7 +386,9 @@ def test_an_index_that_is_damaged_or_newer(index, photos, tmp_path):
     with sqlite3.connect(path) as store:
         store.execute("PRAGMA user_version = 99")
     store.close()
-    with pytest.raises(ClipmatchError, match=r"photos\.sqlite is from a newer clipmatch; upgrade this one"):
+    with pytest.raises(
+        ClipmatchError, match=r"photos\.sqlite is from a newer clipmatch, and this is .*; upgrade this one"
+    ):
         Index.open(path)
     path.write_bytes(b"this is no database" * 100)
     with pytest.raises(ClipmatchError, match=r"photos.sqlite is damaged \(.*\); delete it"):

@@ -107,7 +107,8 @@ def test_an_index_from_a_newer_clipmatch(store, monkeypatch):
 
 def test_a_newer_one_says_which_version_it_takes(store, monkeypatch):
     monkeypatch.setattr(lancestore, "VERSION", b"0")
-    with pytest.raises(ClipmatchError, match=f"it takes {own_version()} or later"):
+    monkeypatch.setattr("clipmatch.errors.own_version", lambda: "0.0.1")
+    with pytest.raises(ClipmatchError, match=f"and this is 0.0.1; it takes {own_version()} or later"):
         LanceStore.open(store.path)
 
 

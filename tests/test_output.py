@@ -294,7 +294,7 @@ def test_gallery_of_awkward_files(stray, tmp_path, monkeypatch):
 def test_gallery_that_can_not_be_written(found, tmp_path):
     (tmp_path / "file").write_text("")
     done = run(found, "--html", tmp_path / "file" / "page.html")
-    assert "page.html: File exists; choose another place." in str(done.exception)
+    assert "page.html can't be written (File exists); choose another place." in str(done.exception)
     assert done.stdout == match_table(found) + "\n"  # the answer is not lost
 
 

@@ -209,7 +209,7 @@ def test_a_page_is_written_whole_or_not_at_all(evaluation, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(ClipmatchError, match=r"card\.html: No space left on device"):
+    with pytest.raises(ClipmatchError, match=r"card\.html can't be written \(No space left on device\); make room"):
         write_card(evaluation, path)
     assert path.read_text() == "the old page"
     assert not list(tmp_path.glob("*.partial"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -136,7 +137,7 @@ def remove_drafts(folder: Path) -> None:
     if fcntl is None:
         return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        left = [entry.path for entry in entries if entry.name.startswith(DRAFT)]
+        left = [entry.path for entry in entries if re.fullmatch(f"{re.escape(DRAFT)}[0-9a-f]{{32}}", entry.name)]
         for path in left:
             with contextlib.suppress(OSError):  # another process may be doing the same
                 descriptor = os.open(path, os.O_RDWR)

@@ -25,7 +25,7 @@ class Failure:
 ADVICE = {  # to what the system says of a disk
     errno.ENOSPC: "make room there and try again",
     errno.EDQUOT: "make room there and try again",
-    errno.EROFS: "that disk can only be read; choose another place",
+    errno.EROFS: "choose another place",
     errno.EBUSY: "wait for it, or choose another place",
 }
 
@@ -38,11 +38,10 @@ def unwritable(what: object, error: OSError, otherwise: str = "choose another pl
 
 def newer(what: str, needs: object) -> ClipmatchError:
     """The sentence for what a newer clipmatch has written. needs: the version that can read it, if that is known."""
-    known = isinstance(needs, str) and re.fullmatch(r"[\w.+!-]{1,40}", needs)
+    own = own_version()
+    known = isinstance(needs, str) and needs != own and re.fullmatch(r"[\w.+!-]{1,40}", needs)
     can, wish = (f"it takes {needs} or later", f"clipmatch>={needs}") if known else ("upgrade this one", "clipmatch")
-    return ClipmatchError(
-        f'{what} is from a newer clipmatch, and this is {own_version()}; {can}: pip install -U "{wish}"'
-    )
+    return ClipmatchError(f'{what} is from a newer clipmatch, and this is {own}; {can}: pip install -U "{wish}"')
 
 
 def own_version() -> str:

@@ -28,7 +28,7 @@ from clipmatch.ranks import Ranks
 from clipmatch.sources import CachedImages, CachedTexts
 from clipmatch.tokenizer import Tokenizer
 from clipmatch.trainer import Trainer, shape_of_epoch
-from clipmatch.training import find_state, read_splits, start_from
+from clipmatch.training import read_splits, start_from, state_to_begin_with
 
 SAMPLE = 64  # pictures whose features are computed to see how long that takes
 WARM, MEASURED = 1, 3  # steps
@@ -101,7 +101,7 @@ def plan_run(
     tokenizer: Tokenizer | None = None,
 ) -> Plan:
     """What `train` would do with the same arguments. Raises ClipmatchError where it would."""
-    find_state(Path(settings.out), False)
+    state_to_begin_with(Path(settings.out), resume=False)
     if isinstance(data, DataConfig) and data.stream:
         raise ClipmatchError("--dry-run looks at all captions; leave out --stream, and name a few of the archives.")
     splits = data if isinstance(data, Splits) else read_splits(data, Ranks(settings.device))

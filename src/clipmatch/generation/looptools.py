@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from clipmatch.atomic import aside
 from clipmatch.checkpoint import model_draft
 from clipmatch.errors import ClipmatchError
 from clipmatch.modelfolder import write_json
 from clipmatch.optimization import pack_optimizer, rate_at, unpack_optimizer
-from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
+from clipmatch.runlog import RunLog, note, one_run, read_history, stop_on_interrupt
 from clipmatch.runstate import STATE, SaveClock
 
 LAST = "last"
@@ -62,14 +63,14 @@ def run_steps(
     none to resume, or the loss is not finite.
     """
     done = restore(learner, out) if resume else 0
-    if not resume and (out / LAST).exists():
+    if not resume and is_begun(out):
         raise ClipmatchError(f"{out} already holds a run; go on with it by --resume, or choose another --out.")
     history = [row for row in read_history(out) if row["step"] <= done] if resume else []
     clock, losses = SaveClock(), list[float]()
-    if not resume:
-        save(learner, out, 0, settings)
     bar = tqdm(total=total, initial=done, unit="step", desc="training", disable=not progress)
-    with RunLog(out, history) as log, stop_on_interrupt() as stop, bar:
+    with one_run(out), RunLog(out, history) as log, stop_on_interrupt() as stop, bar:
+        if not resume:
+            save(learner, out, 0, settings)
         while done < total and not stop():
             set_rates(learner, rate_at(done, total, warmup))
             figures = learner.step(done)
@@ -86,6 +87,7 @@ def run_steps(
                 losses.clear()
             if done == total or clock.is_due():
                 with clock.saving():
+                    log.to_disk()
                     save(learner, out, done, settings)
     if done < total:
         save(learner, out, done, settings)
@@ -134,7 +136,7 @@ def save(learner: Learner, out: Path, done: int, settings: dict[str, Any]) -> No
 
 def restore(learner: Learner, out: Path) -> int:
     """Put the learner where OUT/last says -> the steps done. Raises ClipmatchError if that can't be done."""
-    state, folder = read_state(out), out / LAST
+    state, folder = read_state(out), last_save(out)
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(load_file(folder / weights_of(name)))
@@ -148,7 +150,7 @@ def restore(learner: Learner, out: Path) -> int:
 def read_state(out: Path) -> dict[str, Any]:
     """OUT/last/state.json. Raises ClipmatchError if there is none."""
     try:
-        state: dict[str, Any] = json.loads((out / LAST / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((last_save(out) / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ClipmatchError(f"{out} holds no run to resume; start one without --resume.") from None
     return state
@@ -161,7 +163,12 @@ def is_finished(out: Path, total: int) -> bool:
 
 def is_begun(out: Path) -> bool:
     """Whether a run lies there, finished or not."""
-    return (out / LAST / STATE).is_file()
+    return (last_save(out) / STATE).is_file()
+
+
+def last_save(out: Path) -> Path:
+    """OUT/last; or what has stepped aside, if a save was cut off in its last moment."""
+    return next((folder for folder in (out / LAST, aside(out / LAST)) if (folder / STATE).is_file()), out / LAST)
 
 
 def weights_of(name: str) -> str:
