@@ -70,6 +70,8 @@ def pretrained_backbone(tower: str) -> nn.Module:
     options = {"trust_remote_code": False, "local_files_only": source != tower or looks_local(tower) or offline()}
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        asked = {name: getattr(config, name, None) for name in ("_attn_implementation", "quantization_config")}
+        check_settings(asked, f"The tower {tower!r}")
         require_encoder(config, tower)
         model: nn.Module = AutoModel.from_pretrained(
             source, use_safetensors=True, dtype=torch.float32, **without_pooler(config), **options
