@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipmatch.errors import ClipmatchError
-from clipmatch.remote import address_of
+from clipmatch.remote import address_of, open_raw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+LONGEST_NAME = 255  # bytes, on the usual file systems
 THUMBNAIL = (320, 320)  # pixels at most, on a page
 NO_PICTURES = (
     "No thumbnails: they need a terminal that shows pictures (by the kitty, iTerm2 or sixel protocol); "
@@ -262,7 +263,7 @@ def place_matches(
     make_folder(folder)
     for source, target in targets(matches, folder, first):
         try:
-            source.open("rb").close()
+            open_raw(source).close()
         except OSError as error:
             failures.append(Failure(source, plain_reason(error)))
             continue
@@ -279,7 +280,14 @@ def targets(matches: Sequence[Match], folder: Path, first: int) -> Iterator[tupl
     """Each match with its place in the folder: 01_name.jpg, so that they are sorted and no two are the same."""
     digits = max(2, len(str(first + len(matches) - 1)))
     for rank, match in enumerate(matches, first):
-        yield match.path.absolute(), folder / f"{rank:0{digits}d}_{match.path.name}"
+        yield match.path.absolute(), folder / short_name(f"{rank:0{digits}d}_{match.path.stem}", match.path.suffix)
+
+
+def short_name(stem: str, suffix: str) -> str:
+    """A file name of at most `LONGEST_NAME` bytes, without the end of its stem if need be."""
+    while len(os.fsencode(stem + suffix)) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + suffix
 
 
 def make_folder(folder: Path) -> None:
