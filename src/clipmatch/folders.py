@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import Entry, LineNote, Reader, captions_of, split_lines
+from clipmatch.formats import Entry, LineNote, Reader, captions_of, is_wide, split_lines
+from clipmatch.remote import open_raw
 
 if TYPE_CHECKING:
     from clipmatch.archive import Member
@@ -117,10 +118,16 @@ def walk_pairs(path: Path) -> Iterator[tuple[Path, dict[str, list[str]], set[str
 def pair_entries(number: int, names: list[str], text: Path) -> Iterator[Entry | LineNote]:
     """The captions in a text file, for the pictures of its stem."""
     try:
-        lines = [line for line in split_lines(text.read_bytes()[:MAX_CAPTION_FILE]) if line.text.strip()]
+        with open_raw(text) as file:
+            data = file.read(MAX_CAPTION_FILE + 1)
     except OSError as error:
         yield LineNote(number, f"{text.name} can't be read ({error.strerror})")
         return
+    if len(data) > MAX_CAPTION_FILE or is_wide(data):
+        why = "in UTF-16 or UTF-32" if is_wide(data) else f"longer than {MAX_CAPTION_FILE:,} bytes"
+        yield LineNote(number, f"{text.name} is {why}, so its captions were not read")
+        return
+    lines = [line for line in split_lines(data) if line.text.strip()]
     if not lines:
         yield LineNote(number, f"{text.name} holds no caption")
     for name in names:

@@ -141,7 +141,12 @@ def score_columns(match: Match) -> str:
 
 def printable(path: Any) -> str:
     """A path on one line: line breaks, control characters and stray bytes of a name as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in address_of(path))
+    return one_line(address_of(path))
+
+
+def one_line(text: str) -> str:
+    """A text that may hold anything, fit for a terminal: a control character there could hide or forge lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report_failures(failures: Sequence[Failure]) -> None:
@@ -154,7 +159,7 @@ def report_failures(failures: Sequence[Failure]) -> None:
         if "pip install" in failure.reason:
             lacking[failure.reason] = lacking.get(failure.reason, 0) + 1
         else:
-            click.echo(f"  {printable(failure.path)}: {failure.reason}", err=True)
+            click.echo(f"  {printable(failure.path)}: {one_line(failure.reason)}", err=True)
     for reason, count in lacking.items():
         click.echo(f"  {count}: {reason}", err=True)
 
