@@ -199,7 +199,7 @@ def modes(place: Path) -> Made:
     frames = [scene(seed) for seed in range(32, 36)]
     for kind, suffix in (("GIF", ".gif"), ("WebP", ".webp"), ("PNG", ".png"), ("TIFF", ".tif"), ("AVIF", ".avif")):
         if kind in FORMATS:
-            data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"compression": None} if 0 else {}))
+            data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
             yield put(place / f"animated{suffix}", data, GOOD)
     many = [scene(seed, (8, 8)) for seed in range(300)]
     yield put(place / "300_frames.gif", encoded(many[0], "GIF", save_all=True, append_images=many[1:]), GOOD)

@@ -92,6 +92,8 @@ def open_photo(path: str | Path, min_size: int | None = None, sidecars: bool = T
     sidecars: whether there may be a file beside it that says more; to look for one takes time.
     """
     with opened(Path(path)) as image:
+        if image.format == "PNG":  # whose EXIF data may come last: a look at them first would hide damaged pixels
+            return decoded(image, min_size), read_metadata(Path(path), image, sidecars)
         metadata = read_metadata(Path(path), image, sidecars)  # first: a reduced picture has lost its size
         return decoded(image, min_size), metadata
 
