@@ -7,10 +7,10 @@ describes them, with images named by their paths below `image_root`. Opens no pi
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?=[^a-z]|$)", re.IGNORECASE
 )
 STEM = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")  # WebDataset: a sample's name ends at the first dot
+RANGE = re.compile(r"\{([+-]?\d{1,30})\.\.([+-]?\d{1,30})[.}]")  # in a pattern
 MAX_SHARDS = 1_000_000  # that a pattern may mean
 MANY = 10  # archives, which take a second each
 MAX_CAPTION_FILE = 1 << 20  # bytes; what is longer is no captions
@@ -59,13 +60,13 @@ def expand(pattern: str) -> Iterable[str]:
         raise ClipmatchError(
             'Patterns in braces need braceexpand; install it: pip install "clipmatch[data]"'
         ) from error
+    sizes = (abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(pattern))
+    if math.prod(sizes) > MAX_SHARDS:  # told before: the library makes all of them at once
+        raise ClipmatchError(f"The pattern {pattern} means more than {MAX_SHARDS:,} files; is there a digit too many?")
     try:
-        names = list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
+        return list(braceexpand(pattern, escape=False))
     except (ValueError, RecursionError) as error:
         raise ClipmatchError(f"The pattern {pattern} can't be understood ({error}); write e.g. {{00..99}}.") from None
-    if len(names) > MAX_SHARDS:
-        raise ClipmatchError(f"The pattern {pattern} means more than {MAX_SHARDS:,} files; is there a digit too many?")
-    return names
 
 
 def image_root(path: Path) -> Path:

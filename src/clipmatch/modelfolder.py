@@ -108,7 +108,7 @@ def kind_of(config: Path) -> str | None:
     """Whose a config.json is: "clipmatch", "transformers" (it names an architecture), or None for anything else."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None
@@ -120,11 +120,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ClipmatchError(f"The file {path} can't be read ({error}); copy the model again.") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ClipmatchError(f"{folder} is no clipmatch model folder (its config.json is of another program).")
-    if values.get("schema", 0) > SCHEMA:
+    schema = values.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
         raise ClipmatchError(
             f"The model in {folder} was saved by a newer clipmatch; upgrade with: pip install -U clipmatch"
         )

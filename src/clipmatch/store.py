@@ -72,6 +72,7 @@ UPGRADES = (
     ) WITHOUT ROWID;
     """,
 )
+MOST = (1 << 63) - 1  # that SQLite can hold
 PATIENCE = 30  # seconds that a transaction waits for another process's
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
@@ -125,9 +126,9 @@ class Filter:
         if self.camera:
             parts.append(("instr(lower(camera), lower(?))", [self.camera.encode("utf-8", "replace").decode()]))
         if self.min_side:
-            parts.append(("min(width, height) >= ?", [self.min_side]))
+            parts.append(("min(width, height) >= ?", [min(self.min_side, MOST)]))
         if self.min_size:
-            parts.append(("size >= ?", [self.min_size]))
+            parts.append(("size >= ?", [min(self.min_size, MOST)]))
         if self.has_caption:
             parts.append(("caption IS NOT NULL", []))
         if self.box:
