@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from types import FunctionType
 
 import click
 import numpy as np
 from badimages import encoded, exif_of, scene
 from common import machine, machine_line, table, write_json
 
-from clipmatch import archive, captionrules, formats, readers, records
+from clipmatch import archive, captionrules, formats, records
 from clipmatch.calibration import Calibration
 from clipmatch.checkpoint import parse_preprocessing
 from clipmatch.cli_photos import box, file_size, moment
@@ -256,16 +257,19 @@ def seeds(entry: str) -> list[bytes]:
 
 
 QUIRKS = [
-    b"", b"\n", b"\xef\xbb\xbf", b"\0", b"\0" * 600, b"\r", b"\xff\xfea\0", "é".encode("latin-1"), b"\x1b[2J", b"\xed\xa0\x80",
+    b"", b"\n", b"\xef\xbb\xbf", b"\0", b"\0" * 600, b"\r", b"\xff\xfea\0", b"caf\xe9", b"\x1b[2J",
+    b"\xed\xa0\x80",
     "image,caption\na.jpg,A dog .\n".encode("utf-16"), "image,caption\na.jpg,A dog .\n".encode("utf-32"),
     b"image,caption\ra.jpg,A dog .\r", b"image,caption\r\na.jpg,A dog , wet .\r\n", b"image,caption\na.jpg,caf\xe9 .\n",
     b"image_name| comment_number| comment\na.jpg| 0| A dog .\nb.jpg| 4   A dog runs .\n",
     b"image_name,comment_number,comment\na.jpg,0, A dog , wet .\nb.jpg,4   A dog runs .\n",
     b"image_name| comment_number| comment\na.jpg| 1 x" + b" " * 2000 + b"y|z\n",
     b"a.jpg#0\tA dog .\nb.jpg#1\tA cat .\n2258277193_586949ec62.jpg.1#0\tPeople .\n",
-    b'file_name,text,split\na.jpg,"A dog, ""wet"" .",train\nb.jpg,"A stray quote .,val\nb.jpg,"Two\nlines .",val\n',
+    b'file_name,text,split\na.jpg,"A dog, ""wet"" .",train\n'
+    b'b.jpg,"A stray quote .,val\nb.jpg,"Two\nlines .",val\n',
     b"file_name\ttext\na.jpg\t['A dog .', 'A wet dog .']\n", b'image;caption_0;caption_1\na.jpg;"[""A"", ""B""]";C\n',
-    b"image,caption\n../a.jpg,A dog .\n/etc/passwd,A cat .\nC:\\a.jpg,A cow .\n\\\\host\\a.jpg,A hen .\n a.jpg ,A fox .\n",
+    b"image,caption\n../a.jpg,A dog .\n/etc/passwd,A cat .\n"
+    b"C:\\a.jpg,A cow .\n\\\\host\\a.jpg,A hen .\n a.jpg ,A fox .\n",
     b"image,caption\na\0.jpg,A dog .\na.jpg,\0\nb.jpg,\n,A cat .\n", b"image,caption\na.jpg," + b"x" * 70_000 + b"\n",
     b'{"image": "a.jpg", "caption": ["A dog .", ["A wet dog ."]]}\n{"image": "\\ud800.jpg", "caption": "\\udc80"}\n',
     b'{"file_name": "b.jpg", "text": "A cat ."}\n{"file_name": 1, "text": null}\n[]\nnull\n{"a": NaN}\n{',
@@ -274,7 +278,8 @@ QUIRKS = [
     b'{"images": [{"filename": "a.jpg", "filepath": ".", "split": "train", "sentences": [{"raw": "A dog ."}]},'
     b' {"filename": "b.jpg", "split": 1, "sentences": [{"tokens": []}]}, null, {"sentences": 3}]}',
     b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": "1", "file_name": "b.jpg"}, {"id": 2}], "annotations": ['
-    b'{"image_id": 1, "caption": "A dog ."}, {"image_id": [], "caption": "A cat ."}, {"image_id": 3, "caption": 4}, 5]}',
+    b'{"image_id": 1, "caption": "A dog ."}, {"image_id": [], "caption": "A cat ."},'
+    b' {"image_id": 3, "caption": 4}, 5]}',
 ]  # fmt: skip
 
 
@@ -313,8 +318,9 @@ OWN: dict[str, Callable[[], list[bytes]]] = {
     ],
     "names": lambda: [b"a.jpg\nb.jpg\n", b"{00..03}.tar", b"{a,b}{1..99999999999}.tar", b"{{{", b"{..}", b"{1..3..0}"],
     "words": lambda: [
-        b"two dogs in the snow", b"dog:2", b"@rex on a beach", b"dog:" + b"9" * 400, b"2023-06", b"9" * 400 + b"G", b"2M",
-        b"9999999999G", b"46,7,47,8", b"nan,0,inf,1", b"1e400,0,1,1", b"a bus | blur:-0.5", b"~nobody/x.jpg", b'"', b"\xff",
+        b"two dogs in the snow", b"dog:2", b"@rex on a beach", b"dog:" + b"9" * 400, b"2023-06", b"9" * 400 + b"G",
+        b"2M", b"9999999999G", b"46,7,47,8", b"nan,0,inf,1", b"1e400,0,1,1", b"a bus | blur:-0.5",
+        b"~nobody/x.jpg", b'"',
     ],
     "said of pictures": lambda: [
         exif_of([(0x8769, 4, 1, 8), (0x8825, 4, 1, 8)], 8)[6:], exif_of([(0x0112, 3, 1, 6)])[6:],
@@ -326,8 +332,9 @@ OWN: dict[str, Callable[[], list[bytes]]] = {
         for value in (
             {"format": "clipmatch", "schema": 1, "model": {}, "preprocess": {}, "fingerprint": "0" * 16},
             {"format": "clipmatch", "schema": "1", "model": [], "preprocess": 1, "fingerprint": None},
-            {"size": 224, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, {"size": "224"}, {"mean": 5}, {"size": 1e400},
-            {"embed_dim": "2"}, {"captions": "x", "dev_fraction": "a"}, {"out": "x", "epochs": [1], "tune_image": {}},
+            {"size": 224, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, {"size": "224"}, {"mean": 5},
+            {"size": 1e400}, {"embed_dim": "2"}, {"captions": "x", "dev_fraction": "a"},
+            {"out": "x", "epochs": [1], "tune_image": {}},
             {"schema": 1, "concepts": [{"name": "a", "model": "0" * 16, "row": [0, 1], "examples": [], "others": [],
                                         "precision": None}]},
             {"schema": 1, "concepts": [{"name": 1, "model": 2, "row": [[]]}]}, [], 3, {"size": {"height": None}},
@@ -347,14 +354,21 @@ def run(entry: str, data: bytes) -> None:
         ENTRIES[entry](data)
 
 
+def functions_of(*beginnings: str) -> Iterator[FunctionType]:
+    """The functions and methods of the modules whose names begin so, of those that are imported."""
+    for name, module in list(sys.modules.items()):
+        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
+        methods = [value for kind in own if isinstance(kind, type) for value in vars(kind).values()]
+        if name.startswith(beginnings):
+            yield from (value for value in [*own, *methods] if isinstance(value, FunctionType))
+
+
 def fuzz(entry: str, arguments: list[str]) -> None:
     """Within a process of its own: atheris ends it."""
     import atheris
 
-    for module in (formats, readers, records, archive, captionrules):
-        for name, value in list(vars(module).items()):
-            if callable(value) and getattr(value, "__module__", None) == module.__name__ and hasattr(value, "__code__"):
-                setattr(module, name, atheris.instrument_func(value))
+    for function in functions_of("clipmatch.", "PIL."):
+        atheris.instrument_func(function)
     atheris.enabled_hooks.add("RegEx")
     atheris.Setup([sys.argv[0], *arguments], lambda data: run(entry, data))
     atheris.Fuzz()
