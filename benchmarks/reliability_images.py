@@ -160,12 +160,14 @@ def captioned(root: Path, cases: list[Case], place: Path) -> Path:
 def by_captions(root: Path, cases: list[Case], place: Path, *command: object) -> Round:
     """A command that reads captions and lists what it could not read."""
     captions = captioned(root, cases, place)
-    _, stderr, seconds, peak = call(*command, "--captions", captions, "--images", root)
+    stdout, stderr, seconds, peak = call(*command, "--captions", captions, "--images", root)
     told, found = reasons(stderr), Round(seconds=seconds, peak_mb=peak)
     for case in cases:
         name = printable(case.path.relative_to(root))
         reason = told.get(printable(case.path)) or told.get(name)
         found.judge(case, reason is None, reason, root)
+    if command[0] == "evaluate" and (measured := json.loads(stdout)["images"]) != found.survived:
+        found.lost["in all"] = f"{measured} pictures were measured"
     return found
 
 
@@ -247,7 +249,9 @@ def measure(rounds, bombs):
                 found = index(root, cases, file) if name == "index" else serve(root, cases, file)
             else:
                 out = ("train", "--towers", "compact", "--out", Path(place) / "run", "--epochs", 1, "--batch-size", 64)
-                found = by_captions(root, cases, Path(place), *(("evaluate",) if name == "evaluate" else out))
+                found = by_captions(
+                    root, cases, Path(place), *(("evaluate", "--json", "-") if name == "evaluate" else out)
+                )
             result["rounds"][name] = vars(found)
             print(f"{name}: {found.tried} tried, {len(found.lost)} lost", file=sys.stderr)
     return result
@@ -256,7 +260,8 @@ def measure(rounds, bombs):
 def show(result):
     """The tables, and what was lost."""
     rows = [
-        (name, found["tried"], found["survived"], found["listed"], len(found["lost"]), f"{found['difference']:.0e}",
+        (name, found["tried"], found["survived"], found["listed"], len(found["lost"]),
+         found["difference"] if name == "index" else "",
          round(found["seconds"]), round(found["peak_mb"]))
         for name, found in result["rounds"].items()
     ]  # fmt: skip
