@@ -66,6 +66,7 @@ bench: setup
 	$(BIN)/python benchmarks/training_speed.py --json $(RESULTS)/training_speed.json
 	$(BIN)/python benchmarks/gradient_cache.py --json $(RESULTS)/gradient_cache.json --plot $(RESULTS)/gradient_cache.png
 	$(BIN)/python benchmarks/evaluation_memory.py --json $(RESULTS)/evaluation_memory.json
+	$(BIN)/python benchmarks/reliability_images.py --json $(RESULTS)/reliability_images.json
 
 notebook: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,notebook]"

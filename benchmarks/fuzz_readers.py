@@ -267,6 +267,7 @@ QUIRKS = [
     b"a.jpg#0\tA dog .\nb.jpg#1\tA cat .\n2258277193_586949ec62.jpg.1#0\tPeople .\n",
     b'file_name,text,split\na.jpg,"A dog, ""wet"" .",train\n'
     b'b.jpg,"A stray quote .,val\nb.jpg,"Two\nlines .",val\n',
+    b"file_name\ttext\na.jpg\t[{[]: 1}]\n",
     b"file_name\ttext\na.jpg\t['A dog .', 'A wet dog .']\n", b'image;caption_0;caption_1\na.jpg;"[""A"", ""B""]";C\n',
     b"image,caption\n../a.jpg,A dog .\n/etc/passwd,A cat .\n"
     b"C:\\a.jpg,A cow .\n\\\\host\\a.jpg,A hen .\n a.jpg ,A fox .\n",

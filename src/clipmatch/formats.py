@@ -236,7 +236,7 @@ def read_table(path: Path) -> Iterator[Entry | LineNote]:
     Surplus fields are commas that nobody quoted: they go back into the caption where that is the last column. A field
     may hold a list of captions, as JSON or Python writes it.
     """
-    lines = (line for line in read_lines(path))
+    lines = read_lines(path)
     table = table_columns(next((line.text for line in lines if line.text.strip()), ""))
     if table is None:
         raise ClipmatchError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from clipmatch.archive import compression
 from clipmatch.errors import ClipmatchError
 from clipmatch.folders import FOLDER_READERS, has_shards, is_image_folder, is_pattern
-from clipmatch.formats import (
+from clipmatch.formats import (  # fmt: skip
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     LINE_READERS,
