@@ -64,7 +64,7 @@ def test_the_quirks_of_the_real_world_are_told_in_a_sentence_or_counted(entry):
 
 @pytest.mark.parametrize("entry", fuzz_readers.ENTRIES)
 def test_whatever_is_made_of_them_is_too(entry):
-    @settings(max_examples=200, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(damaged(fuzz_readers.seeds(entry)))
     def check(data):
         fuzz_readers.run(entry, data)
