@@ -74,6 +74,7 @@ bench: setup
 	$(BIN)/python benchmarks/evaluation_memory.py --json $(RESULTS)/evaluation_memory.json
 	$(BIN)/python benchmarks/server_load.py --json $(RESULTS)/server_load.json
 	$(BIN)/python benchmarks/api_fuzz.py --json $(RESULTS)/api_fuzz.json
+	$(BIN)/python benchmarks/reliability_images.py --json $(RESULTS)/reliability_images.json
 
 notebook: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev,notebook]"

@@ -46,14 +46,17 @@ class Contents:
 
 def open_file(path: Path) -> IO[bytes]:
     """An ordinary file, or a member of an archive, open for reading. Raises OSError."""
-    return path.open("rb") if locate(path) is None and not is_remote(path) else io.BytesIO(read_bytes(path))
+    return open_raw(path) if locate(path) is None and not is_remote(path) else io.BytesIO(read_bytes(path))
 
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
     inside = locate(path)
+    if inside is None and is_remote(path):
+        return read_whole(path)
     if inside is None:
-        return read_whole(path) if is_remote(path) else path.read_bytes()
+        with open_raw(path) as file:
+            return file.read()
     archive, name = inside
     if archive.suffix.lower() == PARQUET:
         return read_row(archive, name)

@@ -224,7 +224,7 @@ class Calibration:
             known, veto = str(values["fingerprint"]), values.get("exclusion")
             rest = float(values["alike"]), bank, known, str(values["split_hash"]), dict(values["figures"])
             exclusion = None if veto is None else Exclusion.from_json(veto)
-        except (OSError, LookupError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ClipmatchError(f"The file {path} is damaged ({error}); evaluate the model again.") from error
         if known != fingerprint:
             raise ClipmatchError(

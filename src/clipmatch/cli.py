@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from clipmatch.errors import ADVICE, ClipmatchError, unwritable
+from clipmatch.output import one_line
 
 HOMES = {  # in the order of use: command -> its module, and its name there
     "index": ("cli_photos", "index_command"),
@@ -61,7 +62,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ClipmatchError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(one_line(str(error))) from error
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("clipmatch"):
                 raise

@@ -128,7 +128,7 @@ def import_command(index_file: str | None, file: str) -> None:
     with Index.open(index_file, create=False) as index:
         try:
             count = index.import_concepts(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ClipmatchError(f"The file {file} holds no concepts of clipmatch ({error}).") from error
     click.echo(f"{count} concepts taken in")
 

@@ -232,7 +232,7 @@ def file_size(context: click.Context, option: click.Parameter, value: str | None
     """500k, 2M, 1.5G -> bytes."""
     if value is None:
         return None
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)B?", value)):
+    if not (match := re.fullmatch(r"(\d{1,18}(?:\.\d+)?)([kKMG]?)B?", value)):
         raise click.BadParameter(f"{value!r} is no size; write it as 500k, 2M or 1.5G.")
     return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
 

@@ -11,7 +11,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from clipmatch.errors import ClipmatchError
+from clipmatch.errors import ClipmatchError, reason_of
 
 Config = TypeVar("Config")
 
@@ -180,10 +180,15 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
     """A JSON object -> config of the given kind. An unknown key is a typo and the error names its likely meaning."""
+    if not isinstance(values, dict):
+        raise ClipmatchError(f"The settings of {kind.__name__} must be an object (got {reason_of(values)}).")
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
             raise ClipmatchError(f"Unknown setting {key!r} for {kind.__name__}; {hint}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:  # such as a word where there should be a number
+        raise ClipmatchError(f"Bad setting of {kind.__name__}: {reason_of(error)}.") from error

@@ -211,7 +211,7 @@ def gather(
         if isinstance(entry, LineNote):
             dropped.append(replace(entry, unit=unit))
             continue
-        name, caption = name_below(folders, normal_name(entry.image)), SURROGATE.sub("\ufffd", entry.caption).strip()
+        name, caption = name_in(folder, folders, entry.image), SURROGATE.sub("\ufffd", entry.caption).strip()
         problem = problem_of(name, caption)
         if problem is not None:
             dropped.append(LineNote(entry.line, problem, unit))
@@ -260,6 +260,15 @@ def split_word(word: str) -> str:
 def name_below(folders: Sequence[str], name: str) -> str:
     """A whole path of an image -> its name below one of these spellings of the image folder; any other as it is."""
     return next((name.removeprefix(folder) for folder in folders if name.startswith(folder)), name)
+
+
+def name_in(folder: Path, folders: Sequence[str], written: str) -> str:
+    """How an image is called below the image folder; one whose own name has a space at its end, or where that is no
+    separator a backslash, as it is written.
+    """
+    name = normal_name(written)
+    odd = written != written.strip() or ("\\" in written and os.sep == "/")
+    return written if odd and not exists(folder / name) and exists(folder / written) else name_below(folders, name)
 
 
 def problem_of(name: str, caption: str) -> str | None:

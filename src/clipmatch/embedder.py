@@ -476,6 +476,8 @@ def read_batch(paths: list[Path], transform: Transform, read: ReadImage | None) 
             good.append(path)
         except ImageError as error:
             failures.append(Failure(path, error.reason))
+        except MemoryError:  # as it was made small
+            failures.append(Failure(path, "not enough memory"))
     return PixelBatch(np.stack(pixels) if pixels else np.empty(0, np.uint8), good, failures)
 
 

@@ -7,6 +7,7 @@ describes them, with images named by their paths below `image_root`. Opens no pi
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import Entry, LineNote, Reader, captions_of, split_lines
+from clipmatch.formats import Entry, LineNote, Reader, captions_of, is_wide, split_lines
+from clipmatch.remote import open_raw
 
 if TYPE_CHECKING:
     from clipmatch.archive import Member
@@ -24,6 +26,8 @@ SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?=[^a-z]|$)", re.IGNORECASE
 )
 STEM = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")  # WebDataset: a sample's name ends at the first dot
+RANGE = re.compile(r"\{([+-]?\d{1,30})\.\.([+-]?\d{1,30})[.}]")  # in a pattern
+MAX_SHARDS = 1_000_000  # that a pattern may mean
 MANY = 10  # archives, which take a second each
 MAX_CAPTION_FILE = 1 << 20  # bytes; what is longer is no captions
 
@@ -56,9 +60,12 @@ def expand(pattern: str) -> Iterable[str]:
         raise ClipmatchError(
             'Patterns in braces need braceexpand; install it: pip install "clipmatch[data]"'
         ) from error
+    sizes = (abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(pattern))
+    if math.prod(sizes) > MAX_SHARDS:  # told before: the library makes all of them at once
+        raise ClipmatchError(f"The pattern {pattern} means more than {MAX_SHARDS:,} files; is there a digit too many?")
     try:
         return list(braceexpand(pattern, escape=False))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClipmatchError(f"The pattern {pattern} can't be understood ({error}); write e.g. {{00..99}}.") from None
 
 
@@ -117,10 +124,16 @@ def walk_pairs(path: Path) -> Iterator[tuple[Path, dict[str, list[str]], set[str
 def pair_entries(number: int, names: list[str], text: Path) -> Iterator[Entry | LineNote]:
     """The captions in a text file, for the pictures of its stem."""
     try:
-        lines = [line for line in split_lines(text.read_bytes()[:MAX_CAPTION_FILE]) if line.text.strip()]
+        with open_raw(text) as file:
+            data = file.read(MAX_CAPTION_FILE + 1)
     except OSError as error:
         yield LineNote(number, f"{text.name} can't be read ({error.strerror})")
         return
+    if len(data) > MAX_CAPTION_FILE or is_wide(data):
+        why = "in UTF-16 or UTF-32" if is_wide(data) else f"longer than {MAX_CAPTION_FILE:,} bytes"
+        yield LineNote(number, f"{text.name} is {why}, so its captions were not read")
+        return
+    lines = [line for line in split_lines(data) if line.text.strip()]
     if not lines:
         yield LineNote(number, f"{text.name} holds no caption")
     for name in names:

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.remote import open_raw
 
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "path", "image_path", "file_path")
 CAPTION_COLUMNS = ("caption", "text", "comment", "title", "sentence", "captions", "sentences", "raw", "description")
 NUMBERED = re.compile(r"(caption|text|comment|sentence|description)[ _-]?\d+")  # caption_0, caption_1, ...
 SPLIT_COLUMN = "split"
+MAX_LINE = 1 << 20  # bytes; a longer one is no caption, and may be all of a file that is something else
+MAX_DEPTH = 20  # lists in lists, in which captions are looked for
 MAX_RECORD_LINES = 20  # a quoted field that is still open after so many lines is a stray quote
 
 
@@ -81,22 +88,59 @@ class Reader:
     folders: bool = False
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a UTF-8 text file."""
-    return split_lines(path.read_bytes())
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a UTF-8 text file, one at a time. Raises ClipmatchError for UTF-16, OSError if it can't be read."""
+    with open_raw(path) as file:
+        refuse_wide(path, file.read(4))
+        file.seek(0)
+        yield from lines_of(file)
+
+
+def refuse_wide(path: Path, head: bytes) -> None:
+    """Raise ClipmatchError for a file whose first bytes are those of a wide text."""
+    if is_wide(head):
+        raise ClipmatchError(f"{path} is in UTF-16 or UTF-32, or no text at all; save it as UTF-8.")
+
+
+def is_wide(head: bytes) -> bool:
+    """Whether these are the first bytes of a text of two or four bytes a character, as some spreadsheets write it."""
+    return head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or head[:4].count(0) > 1
 
 
 def split_lines(raw: bytes) -> list[Line]:
-    """Bytes -> lines, with or without byte order mark, ended by LF or CRLF; bad bytes become U+FFFD."""
-    lines = []
+    """Bytes -> lines, as `lines_of` has them."""
+    return list(lines_of(io.BytesIO(raw)))
+
+
+def lines_of(file: IO[bytes]) -> Iterator[Line]:
+    """A file -> its lines, with or without byte order mark, ended by LF or CRLF; bad bytes become U+FFFD.
+
+    What a line has beyond `MAX_LINE` is passed over.
+    """
     # not str.splitlines, which would also cut a caption at U+2028 and the like
-    for number, part in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        part = part.removesuffix(b"\r")
+    number, part = 0, file.readline(MAX_LINE)
+    part = part.removeprefix(b"\xef\xbb\xbf")
+    while part:
+        number += 1
+        repair = "" if part.endswith(b"\n") or not skip_line(file) else f"cut off after {MAX_LINE:,} bytes"
+        part = part.removesuffix(b"\n").removesuffix(b"\r")
         try:
-            lines.append(Line(number, part.decode("utf-8")))
+            yield Line(number, part.decode("utf-8"), repair)
         except UnicodeDecodeError:
-            lines.append(Line(number, part.decode("utf-8", "replace"), "replaced bytes that are not UTF-8"))
-    return lines
+            repair = both(repair, "replaced bytes that are not UTF-8")
+            yield Line(number, part.decode("utf-8", "replace"), repair)
+        part = file.readline(MAX_LINE)
+
+
+def skip_line(file: IO[bytes]) -> bool:
+    """Go to the next line -> whether there was more of this one than its end."""
+    more, part = False, file.readline(MAX_LINE)
+    while part:
+        more |= part not in (b"\n", b"\r\n")
+        if part.endswith(b"\n"):
+            break
+        part = file.readline(MAX_LINE)
+    return more
 
 
 def both(first: str, second: str) -> str:
@@ -104,10 +148,12 @@ def both(first: str, second: str) -> str:
     return f"{first}; {second}" if first else second
 
 
-def body(path: Path, is_header: Callable[[str], bool]) -> list[Line]:
+def body(path: Path, is_header: Callable[[str], bool]) -> Iterator[Line]:
     """The lines that are not blank, without the header where there is one."""
-    lines = [line for line in read_lines(path) if line.text.strip()]
-    return lines[1:] if lines and is_header(lines[0].text) else lines
+    lines = (line for line in read_lines(path) if line.text.strip())
+    for place, line in enumerate(lines):
+        if place or not is_header(line.text):
+            yield line
 
 
 def read_flickr8k_csv(path: Path) -> Iterator[Entry | LineNote]:
@@ -156,10 +202,9 @@ def read_flickr30k_csv(path: Path) -> Iterator[Entry | LineNote]:
             continue
         name, _, rest = line.text.partition(delimiter)
         bar = re.escape(delimiter)
-        if broken := re.fullmatch(rf"\s*\d+\s+([^\s{bar}].*?)\s*{bar}?\s*", rest, re.DOTALL):
-            yield Entry(
-                line.number, name, broken[1], both(line.repair, f"put in the missing second {NAMES[delimiter]}")
-            )
+        if broken := re.fullmatch(rf"\s*\d+\s+([^\s{bar}].*)", rest, re.DOTALL):
+            caption = broken[1].rstrip().removesuffix(delimiter).rstrip()
+            yield Entry(line.number, name, caption, both(line.repair, f"put in the missing second {NAMES[delimiter]}"))
         elif whole := re.fullmatch(rf"\s*\d+\s*{bar}(.*)", rest, re.DOTALL):
             yield Entry(line.number, name, unquote(whole[1].strip()) if delimiter == "," else whole[1], line.repair)
         elif line.text.strip():
@@ -192,8 +237,7 @@ def read_table(path: Path) -> Iterator[Entry | LineNote]:
     may hold a list of captions, as JSON or Python writes it.
     """
     lines = read_lines(path)
-    start = next((at for at, line in enumerate(lines) if line.text.strip()), 0)
-    table = table_columns(lines[start].text)
+    table = table_columns(next((line.text for line in lines if line.text.strip()), ""))
     if table is None:
         raise ClipmatchError(
             f"{path} is not a table with an image and a caption column: its header needs one of "
@@ -201,7 +245,7 @@ def read_table(path: Path) -> Iterator[Entry | LineNote]:
         )
     delimiter, columns = table
     width = columns.width
-    for line, fields in csv_records(lines[start + 1 :], delimiter):
+    for line, fields in csv_records(lines, delimiter):
         repair = line.repair
         if len(fields) > width and columns.captions == (width - 1,):
             fields = line.text.split(delimiter, width - 1)
@@ -234,15 +278,17 @@ def find_columns(names: Sequence[str]) -> Columns | None:
     return Columns(image, captions, lower.index(SPLIT_COLUMN) if SPLIT_COLUMN in lower else None, len(names))
 
 
-def captions_of(value: Any) -> list[str]:
+def captions_of(value: Any, depth: int = 0) -> list[str]:
     """The captions in a field: a string, or any nesting of lists of strings or of objects with a caption's key."""
     if isinstance(value, str):
         return [value] if value.strip() else []
+    if depth > MAX_DEPTH:
+        return []
     if isinstance(value, dict):
-        found = (captions_of(value[key]) for key in ("raw", *CAPTION_COLUMNS) if key in value)
+        found = (captions_of(value[key], depth + 1) for key in ("raw", *CAPTION_COLUMNS) if key in value)
         return next((captions for captions in found if captions), [])
     if isinstance(value, list | tuple):
-        return [caption for inner in value for caption in captions_of(inner)]
+        return [caption for inner in value for caption in captions_of(inner, depth + 1)]
     return []
 
 
@@ -252,35 +298,39 @@ def listed(field: str) -> Any:
         return field
     for parse in (json.loads, ast.literal_eval):
         try:
-            value = parse(field.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a backslash that Python would not have written
+                value = parse(field.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
             return value
     return field
 
 
-def csv_records(lines: list[Line], delimiter: str) -> Iterator[tuple[Line, list[str]]]:
+def csv_records(lines: Iterable[Line], delimiter: str) -> Iterator[tuple[Line, list[str]]]:
     """Lines -> CSV records, each with its (first) line.
 
     Where the quotes make no sense as CSV, that one line is taken literally: read on by the csv module, a single stray
     quote would swallow the lines after it.
     """
-    at = 0
-    while at < len(lines):
-        line, used = lines[at], 1
-        ahead = (lines[near].text + "\n" for near in range(at, min(at + MAX_RECORD_LINES, len(lines))))
-        reader = csv.reader(ahead, delimiter=delimiter, strict=True)
+    left = iter(lines)
+    ahead = deque(islice(left, MAX_RECORD_LINES))
+    while ahead:
+        line, used = ahead[0], 1
+        reader = csv.reader((near.text + "\n" for near in ahead), delimiter=delimiter, strict=True)
         try:
             fields = next(reader)
             used = reader.line_num
-            repair = next((part.repair for part in lines[at : at + used] if part.repair), "")
+            repair = next((part.repair for part in islice(ahead, used) if part.repair), "")
         except csv.Error:
             fields = line.text.split(delimiter)
             repair = both(line.repair, "took its quotes literally")
         if line.text.strip():
             yield Line(line.number, line.text, repair), fields
-        at += used
+        for _ in range(used):
+            ahead.popleft()
+        ahead.extend(islice(left, used))
 
 
 # The first that recognises a file reads it: the special cases come before the general one.

@@ -273,7 +273,7 @@ class Index:
         taken = []
         for value in values["concepts"]:
             row = np.array(value["row"], np.float32)
-            name = concept_name(value["name"])
+            name = concept_name(str(value["name"]))
             if value["model"] != self.embedder.fingerprint or row.shape != (self.embedder.dim,):
                 raise ClipmatchError(f"The concept @{name} was taught to another model than that of this index.")
             if not np.isfinite(row).all():

@@ -10,6 +10,7 @@ embedded and another is hashed, so an interruption costs those under way.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from clipmatch.archive import open_file
+from clipmatch.archive import locate, open_file
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
@@ -31,6 +32,7 @@ from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
+from clipmatch.remote import is_remote
 from clipmatch.runtime import usable_cores
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
@@ -39,6 +41,7 @@ BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
 SHOWN = 64  # files from which on there is a progress bar
 READ = 1 << 20  # bytes hashed at once
+CHANGED = "it changed while it was read; the next update takes it in"
 
 T = TypeVar("T")
 
@@ -265,9 +268,11 @@ def keep(
     store: PhotoStore, model: str, batch: Batch, done: ImageEmbeddings, under_way: dict[str, str]
 ) -> tuple[list[Photo], list[Failure]]:
     """Store a batch that has been embedded -> its photographs and failures."""
+    changed = changes(batch)
     pairs = zip(done.paths, done.rows, strict=True)
-    rows = {batch.digests[path]: row for path, row in pairs if np.isfinite(row).all()}
+    rows = {batch.digests[path]: row for path, row in pairs if np.isfinite(row).all() and path not in changed}
     reasons = {batch.digests[failure.path]: failure.reason for failure in done.failures}
+    reasons |= {digest: CHANGED for digest, path in batch.first.items() if path in changed}
     elsewhere = {digest for digest in batch.digests.values() if digest not in batch.first}  # in a batch before
     relatives = {**batch.relatives, **store.with_content(store.embedded(model, elsewhere - batch.relatives.keys()))}
     for digest in batch.first:
@@ -277,15 +282,37 @@ def keep(
             under_way[digest] = reasons.get(digest, "the model gives no finite vector for it")
     photos, failures = [], []
     for path, digest in batch.digests.items():
-        if digest in rows or digest in relatives:
+        if path in changed:
+            failures.append(Failure(path, changed[path]))
+        elif digest in rows or digest in relatives:
             photos.append(photograph(path, digest, batch, relatives))
         else:
             failures.append(Failure(path, under_way[digest]))
-    lasting = [failure for failure in failures if failure.reason not in LACKING]
+    passing = {*LACKING, CHANGED, *changed.values()}
+    lasting = [failure for failure in failures if failure.reason not in passing]
     store.upsert(
         photos, model, rows, {failure.path: (batch.stamps[failure.path], failure.reason) for failure in lasting}
     )
     return photos, failures + batch.unread  # what could not be read now may be readable next time
+
+
+def changes(batch: Batch) -> dict[Path, str]:
+    """Files of a batch that are not what they were when they were found, and what became of them.
+
+    Their vectors may be of another content than their hashes: a file may be written, or go, at any moment.
+    """
+    found = {}
+    for path in batch.digests:
+        if is_remote(path) or locate(path) is not None:
+            continue
+        try:
+            status = path.stat()
+        except OSError as error:
+            found[path] = plain_reason(error)
+            continue
+        if (status.st_size, status.st_mtime_ns) != (batch.stamps[path].size, batch.stamps[path].mtime):
+            found[path] = CHANGED
+    return found
 
 
 class Looks:
@@ -337,8 +364,11 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
         sha = hashlib.sha256()
         try:
             with open_file(path) as file:
-                while block := file.read(READ):
+                left = file.seek(0, io.SEEK_END)  # a file may grow as fast as it is read
+                file.seek(0)
+                while left > 0 and (block := file.read(min(left, READ))):
                     sha.update(block)
+                    left -= len(block)
         except OSError as error:
             return Failure(path, plain_reason(error))
         return sha.hexdigest()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from clipmatch.errors import own_version
 from clipmatch.photo import Metadata, Photo, Stamp
-from clipmatch.store import Filter, ModelName
+from clipmatch.store import MOST, Filter, ModelName
 
 FORMAT = "clipmatch"  # key of a table's metadata: the version of what follows
 VERSION = b"1"
@@ -218,9 +218,9 @@ def condition_of(where: Filter) -> str:
     if where.camera:
         parts.append(f"contains(lower(camera), {quoted((plain(where.camera) or '').lower())})")
     if where.min_side:
-        parts.append(f"width >= {where.min_side} AND height >= {where.min_side}")
+        parts.append(f"width >= {min(where.min_side, MOST)} AND height >= {min(where.min_side, MOST)}")
     if where.min_size:
-        parts.append(f"size >= {where.min_size}")
+        parts.append(f"size >= {min(where.min_size, MOST)}")
     if where.has_caption:
         parts.append("caption IS NOT NULL")
     if where.box:

@@ -112,7 +112,7 @@ def kind_of(config: Path) -> str | None:
     """Whose a config.json is: "clipmatch", "transformers" (it names an architecture), or None for anything else."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None

@@ -21,7 +21,7 @@ import click
 
 from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
-from clipmatch.remote import address_of
+from clipmatch.remote import address_of, open_raw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+LONGEST_NAME = 255  # bytes, on the usual file systems
 THUMBNAIL = (320, 320)  # pixels at most, on a page
 NO_PICTURES = (
     "No thumbnails: they need a terminal that shows pictures (by the kitty, iTerm2 or sixel protocol); "
@@ -141,7 +142,12 @@ def score_columns(match: Match) -> str:
 
 def printable(path: Any) -> str:
     """A path on one line: line breaks, control characters and stray bytes of a name as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in address_of(path))
+    return one_line(address_of(path))
+
+
+def one_line(text: str) -> str:
+    """A text that may hold anything, fit for a terminal: a control character there could hide or forge lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report_failures(failures: Sequence[Failure]) -> None:
@@ -154,7 +160,7 @@ def report_failures(failures: Sequence[Failure]) -> None:
         if "pip install" in failure.reason:
             lacking[failure.reason] = lacking.get(failure.reason, 0) + 1
         else:
-            click.echo(f"  {printable(failure.path)}: {failure.reason}", err=True)
+            click.echo(f"  {printable(failure.path)}: {one_line(failure.reason)}", err=True)
     for reason, count in lacking.items():
         click.echo(f"  {count}: {reason}", err=True)
 
@@ -263,7 +269,7 @@ def place_matches(
     make_folder(folder)
     for source, target in targets(matches, folder, first):
         try:
-            source.open("rb").close()
+            open_raw(source).close()
         except OSError as error:
             failures.append(Failure(source, plain_reason(error)))
             continue
@@ -280,7 +286,14 @@ def targets(matches: Sequence[Match], folder: Path, first: int) -> Iterator[tupl
     """Each match with its place in the folder: 01_name.jpg, so that they are sorted and no two are the same."""
     digits = max(2, len(str(first + len(matches) - 1)))
     for rank, match in enumerate(matches, first):
-        yield match.path.absolute(), folder / f"{rank:0{digits}d}_{match.path.name}"
+        yield match.path.absolute(), folder / short_name(f"{rank:0{digits}d}_{match.path.stem}", match.path.suffix)
+
+
+def short_name(stem: str, suffix: str) -> str:
+    """A file name of at most `LONGEST_NAME` bytes, without the end of its stem if need be."""
+    while len(os.fsencode(stem + suffix)) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + suffix
 
 
 def make_folder(folder: Path) -> None:

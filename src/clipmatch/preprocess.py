@@ -9,30 +9,37 @@ from __future__ import annotations
 
 import io
 import math
-import stat
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
-from clipmatch.archive import locate, open_file
+from clipmatch.archive import open_file
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
 from clipmatch.metadata import orientation_of, read_metadata
 from clipmatch.photo import Metadata
-from clipmatch.remote import is_remote
 from clipmatch.tokenizer import as_tensor
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 200_000_000  # 600 MB as RGB; more is a mistake or an attack
+MAX_PIXELS = 200_000_000  # 800 MB as Pillow keeps them; more is a mistake or an attack
+MAX_SIDE = 300_000  # pixels: to make a longer one small takes gigabytes, though the picture may be a line
+MAX_SCANS = 100  # of a progressive JPEG file, which has about ten; each takes time for all pixels, and but a few bytes
+SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # its length fits how many parts it is of
+BLOCK = 1 << 20  # bytes looked at once
+LARGE = 32_000_000  # pixels; of larger pictures a process decodes one at a time
+BAND = 4_000_000  # pixels converted at once
+large_turn = Lock()
 
 Picture: TypeAlias = "Image.Image | npt.NDArray[np.uint8]"
 
@@ -71,9 +78,9 @@ def load_image(path: str | Path, min_size: int | None = None, data: bytes | None
     """Image file -> RGB image, upright, transparency on white, first frame of an animation. data: its bytes, if they
     are at hand.
 
-    With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster;
-    neither side then falls below `min_size`. Of a RAW file it is the embedded preview. Whatever is wrong with the file,
-    the one exception is `ImageError`.
+    With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster,
+    and what has more than `LARGE` pixels is reduced, which takes less memory; neither side then falls below `min_size`.
+    Of a RAW file it is the embedded preview. Whatever is wrong with the file, the one exception is `ImageError`.
     """
     with opened(Path(path), data) as image:
         return decoded(image, min_size)
@@ -85,6 +92,8 @@ def open_photo(path: str | Path, min_size: int | None = None, sidecars: bool = T
     sidecars: whether there may be a file beside it that says more; to look for one takes time.
     """
     with opened(Path(path)) as image:
+        if image.format == "PNG":  # whose EXIF data may come last: a look at them first would hide damaged pixels
+            return decoded(image, min_size), read_metadata(Path(path), image, sidecars)
         metadata = read_metadata(Path(path), image, sidecars)  # first: a reduced picture has lost its size
         return decoded(image, min_size), metadata
 
@@ -99,16 +108,20 @@ def decoded(image: Image.Image, min_size: int | None) -> Image.Image:
     """An opened image -> RGB, as `load_image` describes."""
     if min_size:
         image.draft(None, (min_size, min_size))  # mode None: a CMYK file drafted to RGB comes out wrong
-    return to_rgb(image)
+    if image.width * image.height <= LARGE:
+        return to_rgb(image)
+    with large_turn:
+        return to_rgb(image, max(1, min(image.size) // (2 * min_size)) if min_size else 1)
 
 
 @contextmanager
 def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     """An image file of which the header has been read. Whatever goes wrong with it inside, it is an `ImageError`."""
     try:
-        if data is None:
-            check_file(path)
         with open_file(path) if data is None else io.BytesIO(data) as file:
+            if not file.seek(0, io.SEEK_END):
+                raise ImageError(path, "the file is empty")
+            file.seek(0)
             yield open_image(path, file)
     except ImageError:
         raise
@@ -116,29 +129,31 @@ def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
         raise ImageError(path, plain_reason(error)) from error
 
 
-def check_file(path: Path) -> None:
-    """Raise `ImageError` for what can be told without opening; opening a named pipe would wait for ever."""
-    if locate(path) is not None or is_remote(path):  # there is nothing of the kind
-        return
-    status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(path, "it is a folder")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(path, "it is not a regular file")
-    if status.st_size == 0:
-        raise ImageError(path, "the file is empty")
-
-
 def open_image(path: Path, file: IO[bytes]) -> Image.Image:
-    """Read the header of an image file, and hold it to `MAX_PIXELS`.
+    """Read the header of an image file, and hold it to `MAX_PIXELS`, `MAX_SIDE` and `MAX_SCANS`.
 
     RAW files are told by their names: Pillow would take most of them for the TIFF file of their thumbnail.
     """
     image = open_raw(file) if path.suffix.lower() in RAW_SUFFIXES else open_by_content(path, file)
+    size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height} pixels"
         raise ImageError(path, f"{size} are more than the limit of {MAX_PIXELS // 1_000_000} million")
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(path, f"of {size} one side is longer than the limit of {MAX_SIDE:,}")
+    if image.info.get("progressive") and (scans := count_scans(file)) > MAX_SCANS:
+        raise ImageError(path, f"its {scans:,} scans are more than the limit of {MAX_SCANS}")
     return image
+
+
+def count_scans(file: IO[bytes]) -> int:
+    """How many scans a JPEG file has. Its file may be read on from where it was."""
+    place, count, end = file.tell(), 0, b""
+    file.seek(0)
+    while block := file.read(BLOCK):
+        count += len(SCAN.findall(end + block))
+        end = block[-4:]  # one byte less than a mark has
+    file.seek(place)
+    return count
 
 
 def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
@@ -154,6 +169,7 @@ def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
         if name == "EPS":  # a program, which Pillow would run in Ghostscript
             continue
         factory, accept = Image.OPEN[name]
+        accepted: bool | str = False
         try:
             accepted = accept is None or accept(prefix)
             if not accepted or isinstance(accepted, str):  # a string: known, but this Pillow was built without it
@@ -162,7 +178,7 @@ def open_by_content(path: Path, file: IO[bytes]) -> Image.Image:
             file.seek(0)
             image = factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:  # "not mine after all"
-            if accept is not None:
+            if accepted and accept is not None:
                 reason = f"it is a damaged or unsupported {name} file ({plain_reason(error)})"
             continue
         return image
@@ -184,34 +200,64 @@ def plain_reason(error: Exception) -> str:
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Image of any mode -> RGB, upright by its EXIF orientation, transparency on white."""
+def to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
+    """Image of any mode -> RGB, upright by its EXIF orientation, transparency on white.
+
+    factor: how many pixels across and down become one, their mean.
+    """
     image.load()  # before the look at the orientation: a TIFF file is turned by its decoder
     orientation = orientation_of(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(eight_bits(np.asarray(image), image.mode)).convert("RGB")
-    elif image.has_transparency_data:
-        if image.mode == "La":  # has no direct way to RGBA
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
+    if factor > 1 or image.mode != "RGB" or image.has_transparency_data:
+        image = converted(image, factor)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
         image.info = {}  # the copied EXIF data would turn it a second time
     return image
 
 
-def eight_bits(values: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
-    """Grey values of 16 bits (modes I) or floating point (mode F) [h, w] -> uint8 [h, w], scaled and not cut off.
+def converted(image: Image.Image, factor: int) -> Image.Image:
+    """Image of any mode -> RGB, as it lies. In bands of some rows: on the way a pixel may take 20 bytes and more."""
+    white = white_of(image)
+    result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for band in bands(image, factor):
+        rgb = opaque(image if band == (0, 0, *image.size) else image.crop(band), white)
+        result.paste(rgb.reduce(factor) if factor > 1 else rgb, (0, band[1] // factor))
+    return result
 
-    Floating point has no agreed white: 1, 255 or 65535, whichever is the least that the values keep to.
+
+def bands(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, int, int]]:
+    """The boxes of rows that make up an image, of at most `BAND` pixels; their heights are multiples of `factor`."""
+    height = max(1, BAND // image.width // factor) * factor
+    for top in range(0, image.height, height):
+        yield 0, top, image.width, min(top + height, image.height)
+
+
+def opaque(image: Image.Image, white: float) -> Image.Image:
+    """Image of any mode -> RGB, transparency on white. white: the value of white in deep greys."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(eight_bits(np.asarray(image), white)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # has no direct way to RGBA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def white_of(image: Image.Image) -> float:
+    """The value of white in deep greys; that of 16 bits, but in floating point (mode F) none is agreed on.
+
+    There it is 1, 255 or 65535, whichever is the least that the values keep to.
     """
+    if image.mode != "F":
+        return 65535.0
+    most = max(float(np.nan_to_num(np.asarray(image.crop(band)), nan=0.0).max()) for band in bands(image))
+    return next((top for top in (1.0, 255.0, 65535.0) if most <= top), most)
+
+
+def eight_bits(values: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:
+    """Grey values of 16 bits or floating point [h, w] -> uint8 [h, w], scaled and not cut off."""
     grey = np.nan_to_num(values.astype(np.float32), nan=0.0)
-    white = 65535.0
-    if mode == "F":
-        white = next((top for top in (1.0, 255.0, 65535.0) if grey.max() <= top), float(grey.max()))
     bright: npt.NDArray[np.float32] = np.clip(grey / white, 0, 1)
     return np.rint(bright * 255).astype(np.uint8)
 

@@ -24,6 +24,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import is_image_name
 
 WEIGHT = re.compile(r"(?P<what>.*[^\s\d])\s*:(?P<weight>\d+(\.\d+)?)", re.DOTALL)
+MOST_WEIGHT = 1000
 NAME = re.compile(r"(?<!\S)@(?P<name>\w+(?:-\w+)*)")  # not the middle of an address
 
 
@@ -126,6 +127,8 @@ def parse_terms(part: str | Path) -> list[Term]:
         what, weight = match["what"].strip(), float(match["weight"])
         if not weight:
             raise ClipmatchError(f"The weight of {what!r} is 0; leave it out, or exclude it with --not.")
+        if weight > MOST_WEIGHT:
+            raise ClipmatchError(f"The weight of {what!r} is above {MOST_WEIGHT:,}; others would count for nothing.")
     if is_picture(what):
         return [example(Path(what), weight)]
     return terms_of(what, weight)

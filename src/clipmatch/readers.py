@@ -7,16 +7,27 @@ more `Reader`, listed here before those that would take its files for their own.
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from clipmatch.archive import compression
 from clipmatch.errors import ClipmatchError
 from clipmatch.folders import FOLDER_READERS, has_shards, is_image_folder, is_pattern
-from clipmatch.formats import CAPTION_COLUMNS, IMAGE_COLUMNS, LINE_READERS, Reader, split_lines
+from clipmatch.formats import (  # fmt: skip
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    LINE_READERS,
+    MAX_LINE,
+    Reader,
+    lines_of,
+    refuse_wide,
+)
 from clipmatch.parquet import PARQUET_READERS
 from clipmatch.records import JSON_READERS
+from clipmatch.remote import open_raw
 
 # The first that recognises a source reads it. Archives come first: as text they look like what they hold.
 # Special cases come before the general ones.
@@ -37,6 +48,7 @@ CAPTION_FILES = (
 )
 CAPTION_SUFFIXES = tuple({Path(name).suffix for name in CAPTION_FILES})
 SHARDS = (".tar", ".parquet")
+FIRST_LINES = 5  # that tell the kind of a file
 DEPTH = 3  # folders below the one that is given: Kaggle's are two or three deep
 
 
@@ -120,6 +132,9 @@ def pick_reader(source: Path, format: str | None) -> Reader:
             return reader
     if source.is_file() and (kind := compression(source)):
         raise ClipmatchError(f"{source} is compressed by {kind}; unpack it, and give what is inside.")
+    if source.is_file():
+        with open_raw(source) as file:
+            refuse_wide(source, file.read(4))
     raise ClipmatchError(
         f"The format of {source} is not recognised (first line {head[0][:80]!r}); known: {known}. A table needs a "
         f"header with one of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}."
@@ -130,8 +145,9 @@ def first_lines(source: Path) -> list[str]:
     """The first lines of a file that are not blank; of a folder or a pattern [""]. Raises ClipmatchError if empty."""
     if not source.is_file():
         return [""]
-    with source.open("rb") as file:
-        head = [line.text for line in split_lines(file.read(1 << 14)) if line.text.strip()][:5]
+    with open_raw(source) as file:
+        start = io.BytesIO(file.read(MAX_LINE))
+    head = list(islice((line.text for line in lines_of(start) if line.text.strip()), FIRST_LINES))
     if not head:
         raise ClipmatchError(f"The caption file {source} is empty; give another.")
     return head

@@ -12,16 +12,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from clipmatch.archive import read_bytes
 from clipmatch.errors import ClipmatchError
-from clipmatch.formats import SPLIT_COLUMN, Entry, LineNote, Reader, captions_of, find_columns, read_lines
+from clipmatch.formats import SPLIT_COLUMN, Entry, LineNote, Reader, captions_of, find_columns, read_lines, refuse_wide
 
 HEAD = 1 << 16  # bytes that tell the kind of a file: more than one record of any kind
+MAX_JSON = 1 << 30  # bytes of a file that is read as a whole, which takes several times its size
 
 
 def load_json(path: Path) -> Any:
-    """A JSON file -> its value. Raises ClipmatchError that says where it is damaged."""
+    """A JSON file -> its value. Raises ClipmatchError that says where it is damaged, or that it is too large."""
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ClipmatchError(
+            f"{path} has {size:,} bytes, and JSON above {MAX_JSON:,} is not read in one piece; write it as JSON lines, "
+            "an object a line."
+        )
+    data = read_bytes(path)
+    refuse_wide(path, data[:4])
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig", "replace"))
+        return json.loads(data.decode("utf-8-sig", "replace"))
     except json.JSONDecodeError as error:
         raise ClipmatchError(
             f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno} (character "
@@ -29,6 +39,8 @@ def load_json(path: Path) -> Any:
         ) from None
     except RecursionError:
         raise ClipmatchError(f"{path} is nested too deeply to be a caption file; give another.") from None
+    except ValueError:  # of Python's limit
+        raise ClipmatchError(f"{path} has a number of thousands of digits, so no caption file; give another.") from None
 
 
 def load_images(path: Path) -> tuple[dict[str, Any], list[Any]]:

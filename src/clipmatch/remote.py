@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from clipmatch.photo import Stamp
 KEPT = 256 << 20  # bytes
 fetched: dict[Path, bytes] = {}  # the oldest first
 turn = Lock()
+NOT_REGULAR = "it is not a regular file"
 
 SCHEME = re.compile(r"^([a-z][a-z0-9+]+):/+")
 
@@ -39,9 +41,22 @@ def address_of(path: str | Path) -> str:
 def open_raw(path: Path) -> IO[bytes]:
     """A file, open for reading wherever one likes. Raises OSError."""
     if not is_remote(path):
-        return path.open("rb")
+        return open(path, "rb", opener=open_regular)
     system, inside = locate(path)
     return cast("IO[bytes]", system.open_input_file(inside))
+
+
+def open_regular(path: str, flags: int) -> int:
+    """As `os.open`, of an ordinary file alone: a pipe would be waited for, a device may never end. Raises OSError."""
+    try:
+        file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # without it a pipe is waited for here
+    except OSError as error:
+        raise OSError(error.errno, NOT_REGULAR, path) if error.errno == errno.ENXIO else error from None  # a socket
+    kind = os.fstat(file).st_mode
+    if stat.S_ISREG(kind):
+        return file
+    os.close(file)
+    raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(kind) else NOT_REGULAR, path)
 
 
 def read_whole(path: Path) -> bytes:

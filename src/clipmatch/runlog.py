@@ -21,6 +21,7 @@ from tqdm import tqdm
 from clipmatch.atomic import atomic_file
 from clipmatch.data import CaptionSet
 from clipmatch.errors import ClipmatchError, unwritable
+from clipmatch.output import one_line
 from clipmatch.runtime import is_first_process
 
 LOG, LOCK = "log.jsonl", ".lock"
@@ -37,9 +38,11 @@ def note_quirks(captions: CaptionSet) -> None:
     for what, notes in (("repaired", captions.repaired), ("dropped", captions.dropped)):
         if notes:
             first = notes[0]
-            note(f"{captions.source}: {len(notes)} {first.unit}s {what}, the first: {first.place} ({first.text})")
+            text = f"{captions.source}: {len(notes)} {first.unit}s {what}, the first: {first.place} ({first.text})"
+            note(one_line(text))
     if captions.missing:
-        note(f"{captions.source}: {len(captions.missing)} images do not exist, the first: {captions.missing[0]}")
+        count, first_name = len(captions.missing), captions.missing[0]
+        note(one_line(f"{captions.source}: {count} images do not exist, the first: {first_name}"))
 
 
 @contextmanager

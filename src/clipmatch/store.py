@@ -80,6 +80,7 @@ UPGRADES = (
 WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
 NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 MOST_NUMBERS = 1 << 16  # in a vector
+MOST = (1 << 63) - 1  # that SQLite can hold
 PATIENCE = 30  # seconds that a transaction waits for another process's
 SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
 FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
@@ -135,9 +136,9 @@ class Filter:
         if self.camera:
             parts.append(("instr(lower(camera), lower(?))", [self.camera.encode("utf-8", "replace").decode()]))
         if self.min_side:
-            parts.append(("min(width, height) >= ?", [self.min_side]))
+            parts.append(("min(width, height) >= ?", [min(self.min_side, MOST)]))
         if self.min_size:
-            parts.append(("size >= ?", [self.min_size]))
+            parts.append(("size >= ?", [min(self.min_size, MOST)]))
         if self.has_caption:
             parts.append(("caption IS NOT NULL", []))
         if self.box:

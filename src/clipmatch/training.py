@@ -70,11 +70,12 @@ def resume(run: str | Path, progress: bool = True) -> Result:
     path = Path(run)
     try:
         plan = json.loads((path / "train.json").read_text())
-        data, settings = from_json(DataConfig, plan["data"]), from_json(TrainConfig, plan["settings"])
-    except (OSError, ValueError, KeyError):
+        described, chosen = plan["data"], plan["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ClipmatchError(f"{path} holds no run to resume; start one without --resume.") from None
-    except TypeError:  # its pictures were given in Python
-        raise ClipmatchError(f"{path} was started from Python: call train(..., resume=True) there.") from None
+    if described is None:  # its pictures were given in Python
+        raise ClipmatchError(f"{path} was started from Python: call train(..., resume=True) there.")
+    data, settings = from_json(DataConfig, described), from_json(TrainConfig, chosen)
     return train(data, replace(settings, out=str(path)), resume=True, progress=progress)
 
 

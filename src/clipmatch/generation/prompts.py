@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import is_image_name
-from clipmatch.query import is_picture
+from clipmatch.query import MOST_WEIGHT, is_picture
 
 # "at 10:30" is no weight, "area 51:-1" is one.
 WEIGHT = re.compile(r"(?P<what>|.*[^\s\d]\s*|.*(?=:\s*[+-])):\s*(?P<weight>[+-]?\d+(?:\.\d+)?)", re.DOTALL)
@@ -57,6 +57,8 @@ def parse_prompt(part: str, pictures: bool = True) -> Prompt:
         what, weight = match["what"].rstrip(), float(match["weight"])
     if not weight:
         raise ClipmatchError(f"The weight of {what!r} is 0; leave it out.")
+    if abs(weight) > MOST_WEIGHT:
+        raise ClipmatchError(f"The weight of {what!r} is above {MOST_WEIGHT:,}; others would count for nothing.")
     if pictures and is_picture(what):
         return Prompt(image=Path(what).expanduser(), weight=weight)
     if pictures and is_image_name(what) and not re.search(r"\s", what):
