@@ -200,7 +200,7 @@ async def picture(service: Service, number: int, kind: Kind, request: Request) -
 
     photo, view = await service.desk.ask(lambda index: (index.store.photo(number), view_of(service, index)))
     answer = await asyncio.to_thread(at_hand)
-    return answer or await service.compute(drawn, request)
+    return await service.compute(drawn, request) if answer is None else answer
 
 
 def shown_as(photo: Photo) -> str | None:
