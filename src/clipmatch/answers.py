@@ -199,8 +199,8 @@ async def picture(service: Service, number: int, kind: Kind, request: Request) -
             return Response(data, media_type=kind.media_type, headers=freshness(photo, kind.name, source.same, request))
 
     photo, view = await service.desk.ask(lambda index: (index.store.photo(number), view_of(service, index)))
-    answer: Response | None = await asyncio.to_thread(at_hand)
-    return answer or await service.compute(drawn, request)
+    answer = await asyncio.to_thread(at_hand)
+    return await service.compute(drawn, request) if answer is None else answer
 
 
 def shown_as(photo: Photo) -> str | None:
