@@ -418,7 +418,7 @@ def parse(arguments=None):
     parser.add_argument("--concepts", type=int, default=60, help="that are imported")
     parser.add_argument("--works", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--json", type=Path, help="written after each part; what other works and parts put there stays")
+    parser.add_argument("--json", type=Path, help="written as it goes; what other works and parts put there stays")
     return parser.parse_args(arguments)
 
 
@@ -432,9 +432,10 @@ def main():
         works = make_works(place, options.pictures, options.concepts, tuple(options.works))
         result["pictures"], result["concepts"] = options.pictures, options.concepts
         for part in options.parts:
-            found = PARTS[part](works, place, options)
-            result[part] = found if found is None else {**(result.get(part) or {}), **found}
-            write_json(options.json, result)
+            for some in [{name: work} for name, work in works.items()] if part == "kills" else [works]:
+                found = PARTS[part](some, place, options)
+                result[part] = found if found is None else {**(result.get(part) or {}), **found}
+                write_json(options.json, result)
     show(result)
 
 

@@ -507,6 +507,8 @@ def test_too_large_a_request(client):
         ({"query": "a cat", "min_confidence": 2}, "min_confidence"),
         ({"query": "a cat", "where": {"after": "yesterday"}}, "after"),
         ({"query": "a cat", "where": {"folder": "/etc"}}, "/etc"),
+        ({"query": "a cat", "where": {"min_size": 1 << 70}}, "min_size"),
+        ({"query": "a cat", "where": {"min_side": 1 << 70}}, "min_side"),
         ({"like": 4711}, "4711"),
         ({"liked": [4711]}, "4711"),
         ({"query": 7}, "query"),

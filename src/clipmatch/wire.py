@@ -42,8 +42,8 @@ class Where(Strict):
     after: date | None = None
     before: date | None = None
     camera: str | None = Field(default=None, max_length=LONGEST)
-    min_side: int | None = Field(default=None, ge=1)
-    min_size: int | None = Field(default=None, ge=1)
+    min_side: int | None = Field(default=None, ge=1, lt=1 << 53)
+    min_size: int | None = Field(default=None, ge=1, lt=1 << 53)
     has_caption: bool = False
     folder: str | None = Field(default=None, max_length=10 * LONGEST)
 
