@@ -436,7 +436,7 @@ def test_a_reader_gets_the_old_answers_until_a_change_of_models_is_done(photos, 
 
 
 def test_an_index_that_another_program_holds(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipmatch.store.PATIENCE", 0.2)
+    monkeypatch.setattr("clipmatch.storefile.PATIENCE", 0.2)
     path = tmp_path / "photos.sqlite"
     with Index.open(path, ColourEmbedder()) as index, closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -17,7 +17,8 @@ from PIL import ExifTags, Image
 from clipmatch.crawl import list_images, walk
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.index import Index
-from clipmatch.store import UPGRADES, Filter, Store
+from clipmatch.store import Filter, Store
+from clipmatch.storefile import UPGRADES, version_of
 
 
 @pytest.fixture
@@ -398,21 +399,21 @@ def test_an_index_that_is_damaged_or_newer(index, photos, tmp_path):
 
 def test_an_older_index_is_brought_up_to_date(tmp_path, monkeypatch):
     Store.open(tmp_path / "old.sqlite", create=True).close()
-    monkeypatch.setattr("clipmatch.store.UPGRADES", (*UPGRADES, "ALTER TABLE photos ADD COLUMN stars INTEGER;"))
+    monkeypatch.setattr("clipmatch.storefile.UPGRADES", (*UPGRADES, "ALTER TABLE photos ADD COLUMN stars INTEGER;"))
     with Store.open(tmp_path / "old.sqlite") as store:
-        assert store._version() == len(UPGRADES) + 1
+        assert version_of(store._db) == len(UPGRADES) + 1
         store._db.execute("SELECT stars FROM photos")
 
 
 def test_an_upgrade_that_fails_changes_nothing(tmp_path, monkeypatch):
     Store.open(tmp_path / "old.sqlite", create=True).close()
     broken = "CREATE TABLE half (name TEXT);\nALTER TABLE nothing ADD COLUMN stars INTEGER;"
-    monkeypatch.setattr("clipmatch.store.UPGRADES", (*UPGRADES, broken))
+    monkeypatch.setattr("clipmatch.storefile.UPGRADES", (*UPGRADES, broken))
     with pytest.raises(ClipmatchError):
         Store.open(tmp_path / "old.sqlite")
     monkeypatch.undo()
     with Store.open(tmp_path / "old.sqlite") as store:
-        assert store._version() == len(UPGRADES)
+        assert version_of(store._db) == len(UPGRADES)
         assert store._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'half'").fetchone() == (0,)
 
 

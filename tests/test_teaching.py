@@ -14,7 +14,8 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
 from clipmatch.query import Query, Term, parse_query
 from clipmatch.search import Request
-from clipmatch.store import UPGRADES, Store
+from clipmatch.store import Store
+from clipmatch.storefile import UPGRADES, version_of
 from clipmatch.teaching import learn, leave_one_out
 
 RED, YELLOW = (255, 0, 0), (200, 200, 0)
@@ -232,7 +233,7 @@ def test_an_index_of_before_learns_concepts(tmp_path):
     store.close()
     with Store.open(old) as store:
         assert store.concepts() == {}
-        assert store._version() == len(UPGRADES)
+        assert version_of(store._db) == len(UPGRADES)
 
 
 # Ticks and crosses

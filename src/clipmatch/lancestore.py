@@ -59,7 +59,8 @@ from clipmatch.lancerows import (
 )
 from clipmatch.photo import Photo, Stamp
 from clipmatch.runtime import cache_folder
-from clipmatch.store import Filter, ModelName, Root, one_writer
+from clipmatch.store import Filter, ModelName, Root
+from clipmatch.storefile import one_writer
 from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:

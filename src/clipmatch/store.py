@@ -8,20 +8,18 @@ SQLite because it survives `kill -9` and power cuts, lets many read while one wr
 there. A vector belongs to (model, content), so a moved file keeps its own, copies share one, and a second model can be
 filled in while the first still answers. Whatever is derived from this file (vectors.py) can be lost.
 
-A file that can't be written is read. From its version on an older clipmatch knows that it can't read it, and from NEEDS
-which one can.
+A file that can't be written is read.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shlex
 import sqlite3
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -30,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmatch.atomic import new_draft
-from clipmatch.errors import ClipmatchError, Failure, newer, own_version, unwritable
+from clipmatch.errors import ClipmatchError, Failure, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.storefile import all_or_nothing, making_sense, one_writer, open_file, reading_errors
 from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
@@ -40,50 +38,8 @@ if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
     from clipmatch.storage import PhotoStore
 
-# Each entry takes a file from the version of its place to the next; a released one is never edited.
-UPGRADES = (
-    """
-    CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-    CREATE TABLE roots (path BLOB PRIMARY KEY, exclude TEXT, follow_links INTEGER) WITHOUT ROWID;
-    CREATE TABLE photos (
-        id INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, name TEXT, digest BLOB NOT NULL,
-        size INTEGER, mtime INTEGER, sidecar INTEGER, width INTEGER, height INTEGER, taken TEXT,
-        latitude REAL, longitude REAL, camera TEXT, caption TEXT, picture_hash INTEGER
-    );
-    CREATE INDEX photos_by_content ON photos (digest);
-    CREATE TABLE vectors (model TEXT NOT NULL, digest BLOB NOT NULL, row BLOB NOT NULL);
-    CREATE UNIQUE INDEX vectors_by_content ON vectors (model, digest);
-    CREATE TABLE failures (
-        path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, sidecar INTEGER, reason TEXT
-    ) WITHOUT ROWID;
-    CREATE VIRTUAL TABLE words USING fts5 (
-        name, caption, content='photos', content_rowid='id', tokenize='unicode61 remove_diacritics 2'
-    );
-    CREATE TRIGGER words_added AFTER INSERT ON photos BEGIN
-        INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
-    END;
-    CREATE TRIGGER words_removed AFTER DELETE ON photos BEGIN
-        INSERT INTO words (words, rowid, name, caption) VALUES ('delete', old.id, old.name, old.caption);
-    END;
-    CREATE TRIGGER words_changed AFTER UPDATE ON photos BEGIN
-        INSERT INTO words (words, rowid, name, caption) VALUES ('delete', old.id, old.name, old.caption);
-        INSERT INTO words (rowid, name, caption) VALUES (new.id, new.name, new.caption);
-    END;
-    """,
-    """
-    CREATE TABLE concepts (
-        name TEXT PRIMARY KEY COLLATE NOCASE, model TEXT NOT NULL, row BLOB NOT NULL,
-        examples TEXT NOT NULL, others TEXT NOT NULL, precision REAL
-    ) WITHOUT ROWID;
-    """,
-)
-WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
-NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 MOST_NUMBERS = 1 << 16  # in a vector
 MOST = (1 << 63) - 1  # that SQLite can hold
-PATIENCE = 30  # seconds that a transaction waits for another process's
-SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
-FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
 
@@ -175,18 +131,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ClipmatchError(f"The folder {path.parent} can't be made ({error.strerror}).") from error
-        with reading_errors(path):
-            connection, obstacle = connect(path)
-        store = cls(path, connection, obstacle)
-        try:
-            with reading_errors(path):
-                connection.execute("PRAGMA cell_size_check = ON")  # damage is told before it is followed
-                store._check_schema()
-                store._upgrade()
-        except BaseException:
-            connection.close()
-            raise
-        return store
+        return cls(path, *open_file(path))
 
     def __enter__(self) -> Store:
         return self
@@ -216,21 +161,10 @@ class Store:
             raise unwritable(f"The index {self.path}", self._obstacle)
         with reading_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
-            with self._all_or_nothing():
+            with all_or_nothing(self._db):
                 yield
                 if photographs:
                     self._set("content", os.urandom(16).hex())
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Commit what is done within; on an error, that of the commit too, as on a full disk, undo it."""
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # of some errors SQLite itself has undone it
-                self._db.execute("ROLLBACK")
-            raise
 
     # What it is about
 
@@ -565,7 +499,7 @@ class Store:
             return
         with reading_errors(self.path):
             self._db.execute("BEGIN")
-            with self._all_or_nothing():
+            with all_or_nothing(self._db):
                 yield
 
     def _read(self, question: str, values: Sequence[Any] = ()) -> Generator[tuple[Any, ...], None, None]:
@@ -579,40 +513,6 @@ class Store:
 
     def _set(self, name: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
-
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
-
-    def _check_schema(self) -> None:
-        """Raise ClipmatchError if the file holds tables, views or triggers of somebody else: those act when it is read
-        or written.
-        """
-        if not 0 < self._version() <= len(UPGRADES):
-            return  # empty, of something else, or of a newer clipmatch, as will be told
-        own = {statement.strip().rstrip(";") for step in UPGRADES for statement in statements(step)}
-        for kind, name, sql in self._db.execute("SELECT type, name, sql FROM sqlite_master"):
-            if not (sql is None or sql in own or name in WORD_TABLES or name.startswith("sqlite_")):
-                raise ClipmatchError(f"The file {self.path} holds a {kind} {name!r} that no index has; don't use it.")
-
-    def _upgrade(self) -> None:
-        if self._version() > len(UPGRADES):
-            needs = None
-            with suppress(ClipmatchError):  # it may keep that elsewhere
-                needs = self._get(NEEDS)
-            raise newer(f"The index {self.path}", needs)
-        if self._version() == len(UPGRADES):
-            self._get("content")  # a database that has these numbers by chance lacks this table
-            return
-        if not self._version() and self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            raise ClipmatchError(f"The file {self.path} is a database of something else, no index; name another.")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._all_or_nothing():  # not executescript, which would commit after each step
-            for step in UPGRADES[self._version() :]:
-                for statement in statements(step):
-                    self._db.execute(statement)
-            self._set(NEEDS, own_version())
-            self._db.execute(f"PRAGMA user_version = {len(UPGRADES)}")
 
 
 COLUMN_NAMES = (
@@ -648,53 +548,6 @@ def photo_of(row: Sequence[Any]) -> Photo:
         return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
 
 
-def statements(script: str) -> Iterator[str]:
-    """The statements of an SQL script, triggers in one piece."""
-    text = ""
-    for line in script.splitlines(keepends=True):
-        text += line
-        if sqlite3.complete_statement(text):
-            yield text
-            text = ""
-
-
-def connect(path: Path) -> tuple[sqlite3.Connection, OSError | None]:
-    """A connection to an index file; where nothing can be written beside it, one that only reads, and why.
-
-    There SQLite can't make the small file by which readers and writers know of each other. Where no writer has left
-    anything, none is there, so it may take the index for one that does not change.
-    """
-    connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)  # transactions: see `writing`
-    try:
-        connection.execute("PRAGMA synchronous = FULL")  # what is committed survives a power cut
-        connection.execute("PRAGMA user_version")  # the first look into it
-        return connection, None
-    except sqlite3.OperationalError:
-        connection.close()
-        obstacle = obstacle_in(path.parent)
-        if obstacle is None:
-            raise
-    if not path.is_file() or not path.stat().st_size:
-        raise unwritable(f"The index {path}", obstacle)
-    log = path.with_name(f"{path.name}-wal")
-    if log.is_file() and log.stat().st_size:
-        raise ClipmatchError(
-            f"The index {path} has yet to take in what lies in {log.name}, and nothing can be written there "
-            f"({obstacle.strerror}); make that possible, or copy both to another folder."
-        )
-    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None), obstacle
-
-
-def obstacle_in(folder: Path) -> OSError | None:
-    """What keeps a small file from being written in a folder; None if nothing does."""
-    try:
-        with new_draft(folder) as draft:
-            draft.write_bytes(bytes(SHARED))
-    except OSError as error:
-        return error
-    return None
-
-
 class OtherModel(ClipmatchError):
     """The store holds the vectors of another model; perhaps it was changed over a moment ago."""
 
@@ -714,61 +567,3 @@ def check_model(store: PhotoStore, embedder: Embedder) -> None:
             f"The index {store.path} holds the vectors of another model; search it by that{old}: {search}; or change "
             f"it over: {change}"
         )
-
-
-@contextmanager
-def one_writer(path: Path, wait: bool) -> Iterator[None]:
-    """For as long as one process writes an index: no other does."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
-        note(f"Another clipmatch is writing the index {path}; waiting for it.")
-        lock.acquire()
-    except OSError as error:
-        raise unwritable(f"The index {path}", error, "name one in a folder of yours with --index") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def reading_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors, in one sentence."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if LOCKED in str(error):
-            raise ClipmatchError(
-                f"Another program has held the index {path} for {PATIENCE} seconds; end that, and try again."
-            ) from error
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if FULL in str(error) else None
-        if obstacle := full or obstacle_in(path.parent):
-            raise unwritable(f"The index {path}", obstacle) from error
-        raise ClipmatchError(f"The index {path} can't be used now ({error}).") from error
-    except sqlite3.DatabaseError as error:
-        raise ClipmatchError(
-            f"The index {path} is damaged ({error}); delete it and index the folders again."
-        ) from error
-
-
-@contextmanager
-def making_sense(path: Path | None = None) -> Iterator[None]:
-    """What can't be made of stored values, in one sentence."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        where = f"The index {path}" if path else "The index"
-        raise ClipmatchError(f"{where} is damaged ({error}); delete it and index the folders again.") from error
-
-
-def note(text: str) -> None:
-    """A sentence on stderr."""
-    import click
-
-    click.echo(text, err=True)
