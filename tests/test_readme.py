@@ -46,6 +46,7 @@ def environment(place):
         "HF_HOME": str(place / "hf"),
         "HF_HUB_OFFLINE": "1",
         "CLIPMATCH_CACHE": str(place / "cache"),
+        "XDG_DATA_HOME": str(place / "data"),
     }
 
 

@@ -241,7 +241,7 @@ def test_links_within_the_hub_s_cache_are_followed(tmp_path):
         ({"about": {"log_logit_scale": "5"}}, "log_logit_scale"),
         ({"about": {"log_logit_scale": 1e9}}, "log_logit_scale"),
         ({"model": []}, "wrong model"),
-        ({"model": {"embed_dim": 10**12}}, "embeddings of"),
+        ({"model": {"embed_dim": 10**12}}, "embed_dim must be positive"),
         ({"schema": "1"}, "newer"),
         ({"preprocess": {"size": 10**6}}, "at most 4096"),
         ({"preprocess": {"std": [0, 0, 0]}}, "std must not be zero"),

@@ -18,6 +18,7 @@ Config = TypeVar("Config")
 DEFAULT_IMAGE_TOWER = "google/vit-base-patch16-224"
 DEFAULT_TEXT_TOWER = "distilbert-base-uncased"
 LARGEST_SIDE = 4096  # pixels; of each picture so many in square are held as float32, which are 200 MB
+MAX_DIM = 1 << 16  # numbers of an embedding: more is a mistake or an attack
 INIT_LOGIT_SCALE = 1 / 0.07  # CLIP's start
 LOSSES = ("softmax", "sigmoid", "hinge")
 
@@ -67,7 +68,7 @@ class ModelConfig:
         require(self.image_pooling in poolings, f"image_pooling must be one of {poolings}", self.image_pooling)
         require(self.text_pooling in poolings[:2], f"text_pooling must be one of {poolings[:2]}", self.text_pooling)
         require(self.max_length >= 3, "max_length must leave room for a word between two marks", self.max_length)
-        require(0 < self.embed_dim <= 1 << 16, "embed_dim must be positive, and at most 65536", self.embed_dim)
+        require(0 < self.embed_dim <= MAX_DIM, f"embed_dim must be positive, and at most {MAX_DIM}", self.embed_dim)
         for rate in (self.dropout, self.feature_dropout):
             require(0 <= rate < 1, "dropout must be in [0, 1)", rate)
 

@@ -98,7 +98,7 @@ class Decoders:
             self._free.put(decoder)
 
     def read(self, path: Path, min_size: int | None, data: bytes, most: int | None = None) -> Image:
-        """As `load_image(path, min_size, data)`; most: pixels that it may have then. Raises ImageError."""
+        """As `load_image`. Raises ImageError."""
         from PIL import Image
 
         head, found = self._ask({"do": "read", "min_size": min_size, "most": most}, path, data)
@@ -184,14 +184,11 @@ def answer(task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         if task["do"] == "draw":
             return {}, draw(path, kind_named(task["kind"]), data)
-        image = load_image(path, task["min_size"], data)
+        image = load_image(path, task["min_size"], data, task["most"])
     except ClipmatchError as error:
         return {"reason": getattr(error, "reason", str(error))}, b""
     except MemoryError:
         return {"reason": "not enough memory"}, b""
-    if task["most"] and image.width * image.height > task["most"]:
-        size = f"{image.width} x {image.height} pixels"
-        return {"reason": f"{size} are more than the limit of {task['most'] // 1_000_000} million"}, b""
     return {"size": image.size}, image.tobytes()
 
 

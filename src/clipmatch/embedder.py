@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipmatch.calibration import Calibration
-from clipmatch.config import INIT_LOGIT_SCALE, PreprocessConfig, from_json
+from clipmatch.config import INIT_LOGIT_SCALE, MAX_DIM, PreprocessConfig, from_json, require
 from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.modelfolder import (
     CALIBRATION,
@@ -258,6 +258,7 @@ class OnnxEmbedder(BatchedEmbedder):
         values = read_config(self.folder)
         try:
             self.dim, self.max_length = int(values["model"]["embed_dim"]), int(values["model"]["max_length"])
+            require(0 < self.dim <= MAX_DIM, f"embed_dim must be positive, and at most {MAX_DIM}", self.dim)
             self.preprocess = from_json(PreprocessConfig, values["preprocess"])
         except (ClipmatchError, LookupError, TypeError, ValueError) as error:
             raise self._damaged(error) from error

@@ -74,16 +74,18 @@ class ImageError(ClipmatchError):
 # Image files --------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | Path, min_size: int | None = None, data: bytes | None = None) -> Image.Image:
+def load_image(
+    path: str | Path, min_size: int | None = None, data: bytes | None = None, most: int | None = None
+) -> Image.Image:
     """Image file -> RGB image, upright, transparency on white, first frame of an animation. data: its bytes, if they
-    are at hand.
+    are at hand. most: pixels that may be decoded, if that is less than `MAX_PIXELS`.
 
     With `min_size` a JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster,
     and what has more than `LARGE` pixels is reduced, which takes less memory; neither side then falls below `min_size`.
     Of a RAW file it is the embedded preview. Whatever is wrong with the file, the one exception is `ImageError`.
     """
     with opened(Path(path), data) as image:
-        return decoded(image, min_size)
+        return decoded(image, min_size, most)
 
 
 def open_photo(path: str | Path, min_size: int | None = None, sidecars: bool = True) -> tuple[Image.Image, Metadata]:
@@ -104,10 +106,12 @@ def read_header(path: str | Path) -> Metadata:
         return read_metadata(Path(path), image)
 
 
-def decoded(image: Image.Image, min_size: int | None) -> Image.Image:
+def decoded(image: Image.Image, min_size: int | None, most: int | None = None) -> Image.Image:
     """An opened image -> RGB, as `load_image` describes."""
     if min_size:
         image.draft(None, (min_size, min_size))  # mode None: a CMYK file drafted to RGB comes out wrong
+    if most and image.width * image.height > most:
+        raise ValueError(too_many(image, most))
     if image.width * image.height <= LARGE:
         return to_rgb(image)
     with large_turn:
@@ -135,14 +139,19 @@ def open_image(path: Path, file: IO[bytes]) -> Image.Image:
     RAW files are told by their names: Pillow would take most of them for the TIFF file of their thumbnail.
     """
     image = open_raw(file) if path.suffix.lower() in RAW_SUFFIXES else open_by_content(path, file)
-    size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(path, f"{size} are more than the limit of {MAX_PIXELS // 1_000_000} million")
+        raise ImageError(path, too_many(image, MAX_PIXELS))
     if max(image.size) > MAX_SIDE:
+        size = f"{image.width} x {image.height} pixels"
         raise ImageError(path, f"of {size} one side is longer than the limit of {MAX_SIDE:,}")
     if image.info.get("progressive") and (scans := count_scans(file)) > MAX_SCANS:
         raise ImageError(path, f"its {scans:,} scans are more than the limit of {MAX_SCANS}")
     return image
+
+
+def too_many(image: Image.Image, most: int) -> str:
+    """The reason for not decoding a picture of more pixels than that."""
+    return f"{image.width} x {image.height} pixels are more than the limit of {most // 1_000_000} million"
 
 
 def count_scans(file: IO[bytes]) -> int:

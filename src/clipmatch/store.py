@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmatch.config import MAX_DIM
 from clipmatch.errors import ClipmatchError, Failure, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.storefile import all_or_nothing, making_sense, one_writer, open_file, reading_errors
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from clipmatch.embedder import Embedder
     from clipmatch.storage import PhotoStore
 
-MOST_NUMBERS = 1 << 16  # in a vector
 MOST = (1 << 63) - 1  # that SQLite can hold
 MOMENT = "coalesce(taken, strftime('%Y-%m-%dT%H:%M:%S', mtime / 1000000000, 'unixepoch', 'localtime'))"
 
@@ -174,7 +174,7 @@ class Store:
         value = self._get("model")
         with making_sense(self.path):
             found = ModelName(**json.loads(value)) if value else None
-            if found and not (isinstance(found.dim, int) and 0 < found.dim <= MOST_NUMBERS):
+            if found and not (isinstance(found.dim, int) and 0 < found.dim <= MAX_DIM):
                 raise ValueError(f"vectors of {found.dim!r} numbers")
         return found
 
