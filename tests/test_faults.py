@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from colours import ColourEmbedder, paint
 from fastapi.testclient import TestClient
 
 from clipmatch import desk, server
-from clipmatch.atomic import DRAFT, aside, atomic_file, atomic_folder
+from clipmatch.atomic import DRAFT, aside, atomic_file, atomic_folder, draft_folder
 from clipmatch.checkpoint import load_checkpoint, save_checkpoint
 from clipmatch.cli import main
 from clipmatch.config import TrainConfig
@@ -110,6 +111,31 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
         assert not dead.exists()
         assert alive.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "other.txt"]
+
+
+def test_where_nothing_can_be_locked_each_has_a_draft_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmatch.atomic.fcntl", None)
+    with draft_folder(tmp_path / "model") as first:
+        (first / "a").write_text("first")
+        with draft_folder(tmp_path / "model") as second:
+            assert not list(second.iterdir())
+        assert (first / "a").read_text() == "first"
+
+
+def test_links_stay_and_pipes_are_written_into(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    with atomic_file(tmp_path / "link.txt") as draft:
+        draft.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_file(tmp_path / "pipe") as draft:
+        draft.write_text("through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_a_draft_that_another_process_writes_stays(tmp_path):

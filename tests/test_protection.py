@@ -21,6 +21,8 @@ from album import serving
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from starlette.requests import Request
 
 from clipmatch import decoder, limits
 from clipmatch.cli import main
@@ -28,10 +30,12 @@ from clipmatch.decoder import Decoders
 from clipmatch.desk import WAITING
 from clipmatch.exposure import Exposure
 from clipmatch.index import Index
-from clipmatch.limits import Rates
+from clipmatch.leave import give, given
+from clipmatch.limits import Rates, client_of
 from clipmatch.preprocess import MAX_PIXELS, ImageError
-from clipmatch.renditions import FULL
+from clipmatch.renditions import FULL, THUMB, draw
 from clipmatch.server import make_app
+from clipmatch.store import Root
 
 HOME = "http://127.0.0.1:8765"
 TOKEN = {"Authorization": "Bearer s3cret-s3cret"}
@@ -229,11 +233,17 @@ def test_others_see_neither_places_nor_folders(album, embedded):
         assert client.get("/api/status").json()["folders"] == [str(album.folder)]
 
 
-def test_sentences_lose_the_folders_in_them():
-    said = "The index /home/ann/My/photos.sqlite can't be used now (disk I/O error)."
-    assert Exposure(originals=False).told(said) == "The index photos.sqlite can't be used now (disk I/O error)."
+@pytest.mark.parametrize("path", ["/home/ann/My Pictures/a b.sqlite", "C:\\Users\\Ann Smith\\AppData\\a.sqlite"])
+def test_sentences_that_name_folders_are_not_for_others(path, capsys):
+    said = f"The index {path} can't be used now (disk I/O error)."
     assert Exposure().told(said) == said
-    assert Exposure(originals=False).told("Cannot read C:\\Users\\ann\\a.jpg.") == "Cannot read a.jpg."
+    told = Exposure(originals=False).told(said)
+    assert "why is said on the computer that clipmatch runs on" in told
+    assert not any(word in told for word in ("ann", "Smith", "Pictures", "AppData", "sqlite"))
+    assert said in capsys.readouterr().err
+
+
+def test_other_sentences_stay():
     assert Exposure(originals=False).told("and/or; 3/4; see https://example.org/a/b") == (
         "and/or; 3/4; see https://example.org/a/b"
     )
@@ -469,3 +479,58 @@ def test_the_end_is_orderly(shared, tmp_path):
     for pid in below:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_decoders_take_no_modules_from_where_the_server_is_started(tmp_path, monkeypatch):
+    for name in ("numpy", "PIL", "queue"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    decoders = Decoders()
+    try:
+        assert decoders.read(Path("a.png"), None, png((3, 2), 1)).size == (3, 2)
+    finally:
+        decoders.close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_what_is_drawn_anew_has_no_comments(form):
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (40, 30), "red")
+    if form == "JPEG":
+        image.save(buffer, form, comment=b"Ann's cellar")
+    else:
+        chunks = PngInfo()
+        chunks.add_text("comment", "Ann's cellar")
+        image.save(buffer, form, pnginfo=chunks)
+    assert b"cellar" in buffer.getvalue()
+    for kind in (FULL, THUMB):
+        assert b"cellar" not in draw(Path(f"a.{form.lower()}"), kind, buffer.getvalue())
+
+
+def test_folders_of_the_same_name_are_told_apart():
+    view = Exposure(originals=False).of([Root(Path("/a/Pictures")), Root(Path("/b/Pictures"))])
+    assert view.folders() == {"Pictures": Path("/a/Pictures"), "Pictures (2)": Path("/b/Pictures")}
+    assert view.named(Path("/b/Pictures/x/y.jpg")) == "Pictures (2)/x/y.jpg"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1:2:3:4", "2001:db8::9:2:3:4", True),
+        ("fe80::5%eth0", "fe80::6%eth0", True),
+        ("2001:db8:0:1::5", "2001:db8:0:2::5", False),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
+        ("10.0.0.1", "10.0.0.2", False),
+    ],
+)
+def test_a_client_is_an_address_or_a_network_of_ipv6(one, other, same):
+    first, second = (client_of(Request({"type": "http", "client": (host, 1)})) for host in (one, other))
+    assert (first == second) == same
+
+
+def test_leave_is_for_an_index_however_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "sub").mkdir()
+    give(tmp_path / "sub" / ".." / "photos.sqlite", [tmp_path / "photos"])
+    assert given(tmp_path / "photos.sqlite") == {tmp_path / "photos"}

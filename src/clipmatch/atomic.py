@@ -37,6 +37,11 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     The draft has a name of its own, so that several processes and threads may write the same file. Without `replace`
     what is there stays, and FileExistsError is raised. Raises OSError.
     """
+    if replace and path.is_symlink():  # the link stays
+        path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a terminal, or a pipe: there is nothing to take the place of
+        yield path
+        return
     remove_drafts(path.parent)
     try:
         with new_draft(path.parent) as draft:
@@ -112,10 +117,16 @@ def draft_folder(folder: Path) -> Iterator[Path]:
     descriptor = None
     while descriptor is None:
         draft.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:  # a folder can't be opened there
+        descriptor = None if fcntl is None else os.open(draft, os.O_RDONLY)  # Windows opens no folders
+        held = None if descriptor is None else lock(descriptor, wait=False)
+        if held is None:  # nobody can be kept out, so each has its own
+            if descriptor is not None:
+                os.close(descriptor)
+            draft, descriptor = draft.with_name(f"{draft.name}-{uuid.uuid4().hex}"), None
+            draft.mkdir()
             break
-        descriptor = os.open(draft, os.O_RDONLY)
-        if not lock(descriptor, wait=False):
+        assert descriptor is not None
+        if not held:
             os.close(descriptor)
             raise OSError(errno.EBUSY, "another process is writing it", str(folder))
         if not is_still(draft, descriptor):  # the other one has just put it in its place
@@ -148,16 +159,18 @@ def remove_drafts(folder: Path) -> None:
                     os.close(descriptor)
 
 
-def lock(descriptor: int, wait: bool = True) -> bool:
-    """Lock an open file or folder -> False if another process holds it; True also where there are no locks."""
+def lock(descriptor: int, wait: bool = True) -> bool | None:
+    """Lock an open file or folder -> False if another process holds it; None where there are no locks, of this system
+    or on that disk.
+    """
     if fcntl is None:
-        return True
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # a disk without locks: no other process can lock it either, and so none takes it for nobody's
-        return True
+    except OSError:
+        return None
     return True
 
 

@@ -156,12 +156,14 @@ def start() -> subprocess.Popen[bytes]:
     """A process that decodes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if "TOKEN" not in name}
+    environment["PYTHONSAFEPATH"] = "1"  # or Python would take modules from where the server was started
     return subprocess.Popen(
         [sys.executable, "-m", "clipmatch.decoder"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
+        cwd=sys.prefix,  # likewise, where Python is older than 3.11
     )
 
 

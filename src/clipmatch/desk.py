@@ -44,7 +44,7 @@ class Desk:
         self._path, self._service = path, service
         self._thread = ThreadPoolExecutor(1, "index")
         self._index: Index | None = None
-        self._file: tuple[int, int] | None = None
+        self._file: tuple[int, ...] | None = None
         self._waiting = 0
 
     async def ask(self, question: Callable[[Index], Result]) -> Result:
@@ -77,7 +77,9 @@ class Desk:
         """The index that lies there now: to go on with one that was moved away or replaced could damage it."""
         file = file_at(self._path)
         if self._index is not None and file != self._file:
-            self._close()
+            replaced = file is None or self._file is None or file[:2] != self._file[:2]
+            if replaced or self._index.store.unchanging:
+                self._close()
         if self._index is None:
             self._index, self._file = Index.open(self._path, self._service.embedder, create=False), file
         return self._index
@@ -128,13 +130,13 @@ class Service:
             self.studio.close()
 
 
-def file_at(path: Path | str) -> tuple[int, int] | None:
-    """Which file or folder lies there; None of an address, or if there is none."""
+def file_at(path: Path | str) -> tuple[int, ...] | None:
+    """Which file or folder lies there (device, number), its size and time; None of an address, or if there is none."""
     try:
         found = None if isinstance(path, str) else path.stat()
     except OSError:
         return None
-    return found and (found.st_dev, found.st_ino)
+    return found and (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def busy() -> HTTPException:

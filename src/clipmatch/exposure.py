@@ -23,11 +23,13 @@ from clipmatch.output import printable
 from clipmatch.photo import Photo
 from clipmatch.preprocess import ImageError, plain_reason
 from clipmatch.remote import is_remote, status_of
+from clipmatch.runlog import note
 from clipmatch.store import Root
 
 LARGEST = 1 << 29  # bytes of a photograph's file that are read: RAW files have a fifth
 NOT_SHOWN = "it lies in no folder that may be shown; see clipmatch serve --show"
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+|\b[A-Za-z]:\\(?:[^\\\s'\"]+\\)+")
+PATH = re.compile(r"(?<![\w.:/])/\S|\b[A-Za-z]:\\")  # where one begins; where it ends can't be told, names have spaces
+UNTOLD = "That can't be done; why is said on the computer that clipmatch runs on, for it names folders there."
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -46,8 +48,11 @@ class Exposure:
         return View(tuple(root for root in roots if self.allowed(root)), self.originals)
 
     def told(self, text: str) -> str:
-        """A sentence for clients, in which paths have lost their folders unless those may be known."""
-        return text if self.originals else FOLDERS.sub("", text)
+        """A sentence for clients: another one, if it names folders that they may not know; then it goes to stderr."""
+        if self.originals or not PATH.search(text):
+            return text
+        note(text)
+        return UNTOLD
 
 
 @dataclass
@@ -80,10 +85,19 @@ class View:
         """The folders by the names that clients know."""
         return {self.named(root.path): root.path for root in self.roots}
 
+    def label(self, root: Root) -> str:
+        """What clients know a folder by: its name, numbered where others have the same."""
+        name = root.path.name
+        same = [other.path for other in self.roots if other.path.name == name]
+        place = same.index(root.path)
+        return f"{name} ({place + 1})" if place else name
+
     def named(self, path: Path) -> str:
         """A path as clients see it. Stray bytes are shown escaped, for JSON can't hold them."""
         root = None if self.originals else self.root_of(path)
-        return printable(path if self.originals else path.relative_to(root.path.parent) if root else path.name)
+        if self.originals or root is None:
+            return printable(path if self.originals else path.name)
+        return printable(Path(self.label(root)) / path.relative_to(root.path))
 
     def root_of(self, path: Path) -> Root | None:
         """The innermost of the folders below which a path lies."""

@@ -77,6 +77,8 @@ STAGED = "staged"
 class LanceStore:
     """One index. `LanceStore.open` makes or opens it; close it, or use it in a `with` statement."""
 
+    unchanging = False  # each question sees the latest version
+
     def __init__(self, path: Path | str, database: Any):
         self.path = path
         self._db = database

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,8 +20,8 @@ MOST = 1000  # indexes that are remembered: those of tests and trials are never 
 
 def give(index: Path | str, folders: Iterable[Path]) -> None:
     """Remember that a person has put these folders into an index."""
-    new = {str(folder) for folder in folders}
-    if new <= read().get(str(index), set()):
+    new, name = {str(folder) for folder in folders}, name_of(index)
+    if new <= read().get(name, set()):
         return
     from filelock import FileLock
 
@@ -28,8 +29,8 @@ def give(index: Path | str, folders: Iterable[Path]) -> None:
         file().parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file()}.lock"):
             known = read()
-            new |= known.pop(str(index), set())
-            known[str(index)] = new  # the latest last
+            new |= known.pop(name, set())
+            known[name] = new  # the latest last
             values = {name: sorted(known[name]) for name in list(known)[-MOST:]}
             with atomic_file(file()) as draft:
                 draft.write_text(json.dumps(values, indent=1))
@@ -37,7 +38,12 @@ def give(index: Path | str, folders: Iterable[Path]) -> None:
 
 def given(index: Path | str) -> frozenset[Path]:
     """The folders that were put into an index here."""
-    return frozenset(map(Path, read().get(str(index), ())))
+    return frozenset(map(Path, read().get(name_of(index), ())))
+
+
+def name_of(index: Path | str) -> str:
+    """The place of an index, the same by whatever way it was named."""
+    return index if isinstance(index, str) else os.path.realpath(index)
 
 
 def read() -> dict[str, set[str]]:

@@ -10,6 +10,7 @@ through thousands of pictures stay below all of them.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -73,7 +74,13 @@ class Rates:
 def client_of(request: Request) -> str:
     """Who asks: an address; of IPv6 the network, for each client has all of its addresses."""
     host = request.client.host if request.client else ""
-    return ":".join(host.split(":")[:4]) if host.count(":") > 1 else host
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # a socket in the file system
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False))
+    return host
 
 
 def hurried(receive: Receive) -> Receive:

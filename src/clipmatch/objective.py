@@ -110,6 +110,7 @@ class Objective:
             *self.embed(pictures + change, batch.texts)[1:], siblings(batch.image_ids.to(self.device))
         )
         (slope,) = torch.autograd.grad(self.scaler.scale(loss), change)
+        slope = slope.nan_to_num(0.0, 0.0, 0.0)  # float16 may have overflowed; the step itself then tells the scaler
         change = change.detach() + length * unit_pictures(slope)
         beyond = change.flatten(1).norm(dim=1).clamp(min=length) / length  # [b]
         worse: Tensor = pictures + change / beyond[:, None, None, None]

@@ -79,6 +79,7 @@ def draw(path: Path, kind: Kind, data: bytes) -> bytes:
     """The bytes of a file, whose name tells RAW files -> the bytes of its picture. Raises ImageError."""
     image = load_image(path, min(kind.box), data)
     image.thumbnail(kind.box)
+    image.info = {}  # a comment in the file would be written again
     buffer = BytesIO()
     image.save(buffer, kind.form, **dict(kind.settings))
     return buffer.getvalue()

@@ -169,6 +169,11 @@ class Store:
     # What it is about
 
     @property
+    def unchanging(self) -> bool:
+        """Whether it is read as a file that nobody changes, since nothing can be written there: not what others do."""
+        return self._obstacle is not None
+
+    @property
     def model(self) -> ModelName | None:
         """The model that it is bound to; None while it is empty."""
         value = self._get("model")

@@ -125,7 +125,8 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
         return  # empty, of something else, or of a newer clipmatch, as will be told
     own = {statement.strip().rstrip(";") for step in UPGRADES for statement in statements(step)}
     for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master"):
-        if not (sql is None or sql in own or name in WORD_TABLES or name.startswith("sqlite_")):
+        of_sqlite = kind == "table" and (name in WORD_TABLES or name.startswith("sqlite_"))
+        if not (sql is None or sql in own or of_sqlite):
             raise ClipmatchError(f"The file {path} holds a {kind} {name!r} that no index has; don't use it.")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def check_links(folder: Path) -> None:
     home = folder.resolve()
     inside = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in entries(folder):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in inside):
             raise ClipmatchError(
                 f"{path} is a link that leads out of the model folder; put the file itself there, if you trust it."
             )
