@@ -54,7 +54,7 @@ def parse():
     parser.add_argument("--picture-kb", type=float, default=247, help="size of a picture on storage")
     parser.add_argument("--dim", type=int, default=256, help="numbers of a row")
     parser.add_argument("--row-bytes", type=float, default=300, help="of a photograph in the table, without its row")
-    parser.add_argument("--index-row", type=float, default=45, help="bytes a row in the index, besides its bits")
+    parser.add_argument("--index-row", type=float, default=17, help="bytes a row in the index, besides its bits")
     parser.add_argument("--days", type=float, default=1, help="in which to embed all")
     parser.add_argument("--cores", type=int, default=32, help="of a machine")
     parser.add_argument("--core-hour", type=float, default=0.02, help="price of a core for an hour")
