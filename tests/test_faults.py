@@ -113,13 +113,15 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "other.txt"]
 
 
-def test_where_nothing_can_be_locked_each_has_a_draft_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipmatch.atomic.fcntl", None)
+@pytest.mark.parametrize(("name", "value"), [("fcntl", None), ("lock", lambda *_, **__: None)])  # the system, the disk
+def test_where_nothing_can_be_locked_each_has_a_draft_folder_of_its_own(tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(f"clipmatch.atomic.{name}", value)
     with draft_folder(tmp_path / "model") as first:
         (first / "a").write_text("first")
         with draft_folder(tmp_path / "model") as second:
             assert not list(second.iterdir())
         assert (first / "a").read_text() == "first"
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_stay_and_pipes_are_written_into(tmp_path):

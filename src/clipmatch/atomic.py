@@ -113,25 +113,10 @@ def new_draft(folder: Path) -> Iterator[Path]:
 @contextmanager
 def draft_folder(folder: Path) -> Iterator[Path]:
     """Context: an empty folder beside `folder`, this process's own; afterwards it is gone, if it has not been moved."""
-    draft = folder.with_name(f".{folder.name}.clipmatch-draft")
-    descriptor = None
-    while descriptor is None:
-        draft.mkdir(parents=True, exist_ok=True)
-        descriptor = None if fcntl is None else os.open(draft, os.O_RDONLY)  # Windows opens no folders
-        held = None if descriptor is None else lock(descriptor, wait=False)
-        if held is None:  # nobody can be kept out, so each has its own
-            if descriptor is not None:
-                os.close(descriptor)
-            draft, descriptor = draft.with_name(f"{draft.name}-{uuid.uuid4().hex}"), None
-            draft.mkdir()
-            break
-        assert descriptor is not None
-        if not held:
-            os.close(descriptor)
-            raise OSError(errno.EBUSY, "another process is writing it", str(folder))
-        if not is_still(draft, descriptor):  # the other one has just put it in its place
-            os.close(descriptor)
-            descriptor = None
+    draft, descriptor = locked_folder(folder)
+    if descriptor is None:  # nobody can be kept out, so each has its own
+        draft = draft.with_name(f"{draft.name}-{uuid.uuid4().hex}")
+        draft.mkdir(parents=True)
     try:
         for path in draft.iterdir():  # what was left behind by one that was killed
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -141,6 +126,29 @@ def draft_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
         if descriptor is not None:
             unlock(descriptor)
+
+
+def locked_folder(folder: Path) -> tuple[Path, int | None]:
+    """The name of the draft of a folder, and the draft itself, open and locked; None, and no draft, where there are no
+    locks. Raises OSError if another process holds it.
+    """
+    draft = folder.with_name(f".{folder.name}.clipmatch-draft")
+    if fcntl is None:  # Windows opens no folders
+        return draft, None
+    while True:
+        draft.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(draft, os.O_RDONLY)
+        held = lock(descriptor, wait=False)
+        if held and is_still(draft, descriptor):
+            return draft, descriptor
+        os.close(descriptor)
+        if held is None:
+            with contextlib.suppress(OSError):  # of another process
+                draft.rmdir()
+            return draft, None
+        if not held:
+            raise OSError(errno.EBUSY, "another process is writing it", str(folder))
+        # else the other one has just put it in its place
 
 
 def remove_drafts(folder: Path) -> None:
