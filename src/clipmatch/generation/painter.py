@@ -32,7 +32,7 @@ from clipmatch.modelfolder import CONFIG
 from clipmatch.preprocess import load_image
 
 PRIOR = "prior"  # folder inside that of a generator
-ALONE, REFINING = 200, 30  # steps of guidance, if not said otherwise: without a prior, and after it
+ALONE, REFINING = 200, 20  # steps of guidance, if not said otherwise: without a prior, and after it
 
 
 @dataclass(frozen=True)
