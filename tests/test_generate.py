@@ -19,7 +19,7 @@ from clipmatch.cli import main
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation import picture
 from clipmatch.generation.guide import load_guide
-from clipmatch.generation.painter import PaintConfig, load_painter
+from clipmatch.generation.painter import DRAFTS, PaintConfig, load_painter
 from clipmatch.generation.picture import Film, check_writable, save_png, to_image
 from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
 from clipmatch.generation.vqgan import vqgan_fingerprint
@@ -175,8 +175,20 @@ def test_a_prior_paints_first_and_guidance_refines(model_folder, with_prior):
         assert one.facts["seed"] == 7 + one.number
     refined, _ = painter.paint(PaintConfig("a star", n=2, steps=20, seed=7))
     assert refined[0].score > painted[0].score
-    held, _ = painter.paint(PaintConfig("a star", n=2, steps=20, seed=7, strength=0))
-    assert torch.equal(held[0].picture, painted[0].picture)
+
+
+def test_guidance_begins_with_the_draft_that_the_guide_likes_best(model_folder, with_prior):
+    painter = load_painter(str(model_folder), str(with_prior), device="cpu")
+    config = PaintConfig("a star", n=2, steps=1, seed=7, strength=0)  # of no strength: the draft stays as it is
+    held, _ = painter.paint(config)
+    rows = torch.from_numpy(painter.guide.embedder.embed_texts(["a star"] * DRAFTS))
+    targets = painter.guide.targets(config.prompts)
+    for one in held:
+        tokens = painter.prior.paint(rows, seed=(7 + one.number) * DRAFTS)
+        drafts = painter.canvas.paint(painter.canvas.from_tokens(tokens))
+        scores = painter.guide.score(drafts, targets, count=0)
+        assert len(set(scores.tolist())) > 1
+        torch.testing.assert_close(one.picture, drafts[scores.argmax()])
 
 
 def test_a_prior_is_for_its_guide_its_vqgan_and_one_size(model_folder, with_prior):

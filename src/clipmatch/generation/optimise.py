@@ -63,13 +63,18 @@ def start(canvas: Canvas, guide: Guide, targets: Targets, n: int, size: int, see
     for number in range(n):
         latents = canvas.start(canvas.tries, size, seed + number)
         if canvas.tries > 1:
-            with torch.no_grad():
-                parts = zip(*(latent[:, None] for latent in latents), strict=True)
-                scores = [float(guide.score(canvas.paint(list(part)), targets, count=0)) for part in parts]
-            best = scores.index(max(scores))
+            best = most_liked(canvas, guide, targets, latents)
             latents = [latent[best : best + 1] for latent in latents]
         chosen.append(latents)
     return [torch.cat(parts) for parts in zip(*chosen, strict=True)]
+
+
+@torch.no_grad()
+def most_liked(canvas: Canvas, guide: Guide, targets: Targets, latents: list[Tensor]) -> int:
+    """Latents, each [k, ...] -> the number, in 0..k - 1, of the picture that the guide likes best at a glance."""
+    parts = zip(*(latent[:, None] for latent in latents), strict=True)
+    scores = [float(guide.score(canvas.paint(list(part)), targets, count=0)) for part in parts]
+    return scores.index(max(scores))
 
 
 def optimise(

@@ -22,7 +22,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.generation.biggan import PICKLED, biggan_canvas
 from clipmatch.generation.canvas import Canvas, VQCanvas
 from clipmatch.generation.guide import Guide, Targets, load_guide, rows_of
-from clipmatch.generation.optimise import GuidanceConfig, Progress, optimise, start
+from clipmatch.generation.optimise import GuidanceConfig, Progress, most_liked, optimise, start
 from clipmatch.generation.picture import to_image
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.prompts import Prompt, parse_prompts
@@ -33,6 +33,7 @@ from clipmatch.preprocess import load_image
 
 PRIOR = "prior"  # folder inside that of a generator
 ALONE, REFINING = 200, 20  # steps of guidance, if not said otherwise: without a prior, and after it
+DRAFTS = 8  # pictures by the prior of which guidance goes on with one
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,21 @@ class Painter:
         if config.size not in (None, side):
             raise ClipmatchError(f"The prior paints pictures of {side} pixels; leave out the size.")
         mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)  # [d]
-        rows = mixed.expand(config.n, -1).to(self.guide.device)
-        return self.canvas.from_tokens(self.prior.paint(rows, seed=config.seed), config.strength)
+        seeds = range(config.seed, config.seed + config.n)
+        tokens = torch.cat([self.draft(mixed, seed, targets, DRAFTS if config.steps else 1) for seed in seeds])
+        return self.canvas.from_tokens(tokens, config.strength)
+
+    def draft(self, row: Tensor, seed: int, targets: Targets, count: int) -> Tensor:
+        """A unit row [d] -> codes [1, t] of that picture by the prior, of so many, which the guide likes best.
+
+        A gradient leads to what pleases the guide alone sooner than a choice among what the prior has painted does.
+        """
+        assert self.prior is not None
+        tokens = self.prior.paint(row.expand(count, -1).to(self.guide.device), seed=seed * count)  # [count, t]
+        if count == 1:
+            return tokens
+        best = most_liked(self.canvas, self.guide, targets, self.canvas.from_tokens(tokens))
+        return tokens[best : best + 1]
 
     def scores(self, pictures: Tensor, prompts: tuple[Prompt, ...], guide_scores: Tensor) -> list[float]:
         """Pictures [n, 3, h, h] -> by the judge their weighted cosines with the prompts; the guide's without one."""
