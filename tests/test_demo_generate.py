@@ -65,7 +65,7 @@ def test_every_row_of_the_table_is_measured(world, monkeypatch):
     rows = figures["rows"]
     assert rows["real pictures"]["r_precision_judge"] == rows["real pictures"]["r_precision_guide"]
     assert rows["real pictures"]["pictures"] == 20
-    assert rows["prior, then 2 steps of guidance (the default)"]["pictures"] == 2
+    assert rows["prior, best of 8, then 2 steps of guidance (the default)"]["pictures"] == 2
     assert any(name.startswith("guidance without the prior, equal time") for name in rows)
     assert rows["their reconstructions (the ceiling)"]["closer_to_training"]["pixels"] <= 0.1
     nearest = rows["nearest training picture by the guide"]

@@ -54,7 +54,7 @@ from clipmatch.generation.guide import Guide
 from clipmatch.generation.judge import SCENES as JUDGE_SCENES
 from clipmatch.generation.judge import make_judge
 from clipmatch.generation.looptools import is_finished
-from clipmatch.generation.painter import REFINING, Painter
+from clipmatch.generation.painter import DRAFTS, REFINING, Painter
 from clipmatch.generation.pixelstore import picture_batch
 from clipmatch.generation.prior import Prior, load_prior
 from clipmatch.generation.settings import GENERATOR, GUIDE
@@ -280,7 +280,7 @@ def guided_painters(world: World, prior: Prior, seed: int) -> dict[str, Callable
     equal = max(1, round((seconds(after_prior, REFINING) - fixed) / step) + 1)
     return {
         f"prior, best of {TRIES} by the guide": painted(after_prior, 0, TRIES),
-        f"prior, then {REFINING} steps of guidance (the default)": painted(after_prior, REFINING),
+        f"prior, best of {DRAFTS}, then {REFINING} steps of guidance (the default)": painted(after_prior, REFINING),
         f"guidance without the prior, equal time ({equal} step{'s' * (equal > 1)})": painted(alone, equal),
     }
 
