@@ -23,8 +23,9 @@ pytest.importorskip("lancedb")
 pytest.importorskip("ray")
 
 from clipmatch.errors import ClipmatchError
-from clipmatch.index import Index, absolute
+from clipmatch.index import Index
 from clipmatch.lancestore import LanceStore
+from clipmatch.remote import absolute
 
 PICTURES = 2000
 BROKEN = 25
