@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,15 +169,20 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     failed: set[Path] = set()
     for root in roots:
         known, broken = store.stamps(root.path)
-        found.known |= known.keys()
         failed |= broken.keys()
-        for item in files_below(root):
+        items: Iterable[Found | Failure] = files_below(root)
+        stamps = known
+        if is_archive(root.path):
+            items = list(items)
+            stamps = known | stamps_elsewhere(store, items, root)
+        found.known |= stamps.keys()
+        for item in items:
             if isinstance(item, Failure):
                 summary.failures.append(item)
                 kept.append(item.path)
             elif item.path not in seen:
                 seen.add(item.path)
-                sort_out(item, known, broken, found, summary)
+                sort_out(item, stamps, broken, found, summary)
         if keep_empty and known and not any(path.is_relative_to(root.path) for path in seen) and root.path not in kept:
             reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
             summary.failures.append(Failure(root.path, reason))
@@ -186,6 +191,12 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     found.gone = digests_of(store, absent & found.known)
     found.mended = absent - found.known
     return found
+
+
+def stamps_elsewhere(store: PhotoStore, items: Sequence[Found | Failure], root: Root) -> dict[Path, Stamp]:
+    """The stamps of pictures that a table names and that the store knows; they may lie anywhere."""
+    outside = [item.path for item in items if not item.path.is_relative_to(root.path)]
+    return {photo.path: photo.stamp for photo in store.photos_of(store.numbers_of(outside).values())}
 
 
 def files_below(root: Root) -> Iterator[Found | Failure]:
