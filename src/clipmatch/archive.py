@@ -2,7 +2,7 @@
 Those in rows of Parquet files (tablefiles.py) likewise.
 
 In: paths. Out: open files, bytes, and what an archive holds. A path that leads into no archive is an ordinary file.
-Knows nothing of what is in files. Nothing is unpacked: a member is found by its offset, which is looked up in a table
+Knows nothing of captions or models. Nothing is unpacked: a member is found by its offset, which is looked up in a table
 that each process makes once an archive from the headers alone. All functions may be called from threads.
 """
 
