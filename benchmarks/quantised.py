@@ -7,17 +7,10 @@ captions of the dev split. Recall@10: the share of the ten nearest rows by float
 only the smaller rows, and then, of the best R of those, the float32 (or int8) rows.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from common import machine, machine_line, table, write_json
-from warm_query import grow
+from warm_query import grown
 
-from clipmatch.data import load_captions, split_captions
-from clipmatch.embedder import load_model
-
-PICTURES = 5000  # that the gallery is grown from
 QUERIES = 200
 BEST = 10
 RANKED = (100, 500, 1000)
@@ -51,16 +44,9 @@ def recall(found, right):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    splits, model = split_captions(load_captions(given.data)), load_model()
-    base = model.embed_images([row.path for row in splits.train[:PICTURES]]).rows
+    given, model, splits, rows = grown(__doc__)
     texts = [row.captions[0] for row in splits.dev][:QUERIES]
     queries = model.embed_texts(texts)
-    rows = grow(base, given.rows, np.random.default_rng(0))
     scale = np.abs(rows).max(axis=0) / 127  # [d]
     whole = lambda block: np.rint(block / scale).clip(-127, 127) * scale  # noqa: E731
     right = nearest(rows, queries, BEST)
@@ -74,7 +60,7 @@ def main():
         figures[f"1 bit, the best {count} by int8"] = recall(ranked(eight, queries, by_bits[:, :count], BEST), right)
     print(machine_line(machine("numpy")))
     print(table(["rows", "recall@10"], [[name, f"{value:.4f}"] for name, value in figures.items()]))
-    write_json(given.json, {"machine": machine("numpy"), "rows": given.rows, "dim": base.shape[1], "recall": figures})
+    write_json(given.json, {"machine": machine("numpy"), "rows": given.rows, "dim": rows.shape[1], "recall": figures})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ all queries (known on Linux). Writes warm_query.json, warm_query.md and warm_que
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -39,6 +40,7 @@ from clipmatch.runtime import usable_cores
 from clipmatch.search import Request
 from clipmatch.store import Filter
 
+PICTURES = 5000  # that a gallery is grown from by `grown`
 NEIGHBOURS = 20
 NOISE = 0.3  # of a row's length
 BEST = 10
@@ -80,6 +82,18 @@ def grow(rows, count, rng):
     return made
 
 
+def grown(description):
+    """The options --data, --rows and --json of a script -> these, a model, captioned pictures, rows [n, d]."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    splits, model = split_captions(load_captions(given.data)), load_model()
+    base = model.embed_images([row.path for row in splits.train[:PICTURES]]).rows
+    return given, model, splits, grow(base, given.rows, np.random.default_rng(0))
+
+
 class Remembered:
     """A model that has embedded the queries before, so that a search is timed alone."""
 
@@ -92,7 +106,7 @@ class Remembered:
         return np.stack([self.rows[text] for text in texts])
 
 
-def fill(index, rows, rng):
+def fill(index, rows, rng, metadata=lambda number: Metadata(width=8, height=8)):
     """Store photographs with these rows; their sizes are the numbers from 0 on in some order, for the filters."""
     store, sizes = index.store, rng.permutation(len(rows))
     store.bind(name_of(index.embedder))
@@ -100,9 +114,9 @@ def fill(index, rows, rng):
         photos = [
             Photo(
                 Path(f"/photos/{number // 1000}/{number}.jpg"),
-                f"{number:064x}",
+                hashlib.sha256(str(number).encode()).hexdigest(),
                 Stamp(int(sizes[number]), 1, 0),
-                Metadata(width=8, height=8),
+                metadata(number),
                 number,
             )
             for number in range(start, min(start + STORED, len(rows)))

@@ -53,5 +53,5 @@ def test_lance_query(scenes, tmp_path):
     run("lance_query.py", "--data", scenes, "--rows", 3000, "--json", out)
     result = json.loads(out.read_text())
     assert result["cases"]["all"]["recall"] > 0.9
-    assert result["bytes_a_row"]["data"] > 4 * result["dim"]
+    assert 20 < result["caption_characters"] < result["bytes_a_row"]["data: the rest"] < 1000
     assert 0 < result["bytes_a_row"]["index of vector"] < 4 * result["dim"]

@@ -23,8 +23,9 @@ pytest.importorskip("lancedb")
 pytest.importorskip("ray")
 
 from clipmatch.errors import ClipmatchError
-from clipmatch.index import Index, absolute
+from clipmatch.index import Index
 from clipmatch.lancestore import LanceStore
+from clipmatch.remote import absolute
 
 PICTURES = 2000
 BROKEN = 25
@@ -108,7 +109,8 @@ def answers(address):
 
 @pytest.fixture(scope="module")
 def pictures(environment, tmp_path_factory):
-    """A folder, and the same at s3://bucket/photos: pictures of four colours, some that are none, some copies."""
+    """A folder, and the same at s3://bucket/photos: pictures of four colours, some that are none, some copies, and text
+    files beside some of them."""
     from pyarrow.fs import copy_files
 
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
@@ -122,6 +124,9 @@ def pictures(environment, tmp_path_factory):
         (folder / f"broken{number}.jpg").write_bytes(whole[:200] if number % 2 else b"no picture")
     for number in range(COPIES):
         shutil.copy(folder / "1" / f"{number * 10 + 1:04d}.jpg", folder / f"copy{number}.jpg")
+    for number in range(0, PICTURES, 50):
+        (folder / "0" / f"{number:04d}.txt").write_text(f"the caption of {number}")
+    (folder / "copy1.json").write_text('{"caption": "the caption of a copy"}')
     copy_files(str(folder), "s3://bucket/photos", use_threads=False)
     return folder
 
@@ -244,6 +249,11 @@ def check_equal(place, pictures, single, embedded):
         for name in there:
             np.testing.assert_allclose(rows[root / name], expected[here[name].path], atol=1e-6)
         assert {photo.digest for photo in index} == {photo.digest for photo in single}
+        told = {photo.path.relative_to(root).as_posix(): photo.metadata.caption for photo in index}
+        assert told == {name: photo.metadata.caption for name, photo in here.items()}
+        assert told["0/0050.jpg"] == "the caption of 50"
+        assert told["copy1.jpg"] == "the caption of a copy"
+        assert sum(caption is not None for caption in told.values()) == PICTURES // 50 + 1
         assert {path.name for path in index.store.broken()} == {path.name for path in single.store.broken()}
         for query in ("a red thing", "something blue", "a dog"):
             assert same(index.find(query, top_k=30, duplicates="show"), single.find(query, top_k=30, duplicates="show"))
@@ -260,13 +270,16 @@ def test_folders_archives_and_what_is_gone(environment, embedded, tmp_path):
     folder.mkdir()
     for name, colour in (("red", "red"), ("green", "lime"), ("blue", "blue")):
         Image.new("RGB", (32, 32), colour).save(folder / f"{name}.png")
+    (text := tmp_path / "text").write_text("the sky")
     with tarfile.open(folder / "shard.tar", "w") as archive:
         archive.add(folder / "red.png", "000.png")
         archive.add(folder / "blue.png", "001.png")
+        archive.add(text, "001.txt")
     (folder / "damaged.tar").write_bytes(b"nothing")
     pictures = [{"bytes": (folder / "green.png").read_bytes(), "path": "x"}, {"bytes": b"no picture", "path": "y"}]
     pq.write_table(pa.table({"image": pictures, "text": ["a", "b"]}), folder / "rows.parquet", row_group_size=1)
-    pq.write_table(pa.table({"image_path": ["red.png", "gone.png", "red.png"]}), folder / "paths.parquet")
+    paths = {"image_path": ["red.png", "gone.png", "red.png"], "caption": ["a rose", None, "a tulip"]}
+    pq.write_table(pa.table(paths), folder / "paths.parquet")
 
     def run():
         command = [CLIPMATCH, "index", folder, "--engine", "ray", "--store", place, "--workers", "1"]
@@ -280,13 +293,18 @@ def test_folders_archives_and_what_is_gone(environment, embedded, tmp_path):
     assert "damaged.tar: damaged or cut off after 0 files" in done.stderr
     assert "gone.png: no such file or directory" in done.stderr
     with Index.open(place, embedded, create=False) as index:
-        assert {str(photo.path.relative_to(folder)) for photo in index} == {
-            "red.png",
-            "blue.png",
-            "shard.tar/000.png",
-            "shard.tar/001.png",
-            "rows.parquet/00000000",
+        expected = {
+            "red.png": "a rose a tulip",
+            "blue.png": None,
+            "shard.tar/000.png": None,
+            "shard.tar/001.png": "the sky",
+            "rows.parquet/00000000": "a",
         }
+        assert {str(photo.path.relative_to(folder)): photo.metadata.caption for photo in index} == expected
+    (folder / "shard.tar").write_bytes(b"nothing")
+    assert " 0 removed, " in run().stdout
+    with Index.open(place, embedded, create=False) as index:
+        assert len(index) == len(expected)
 
 
 @pytest.mark.parametrize(

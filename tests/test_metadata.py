@@ -207,15 +207,17 @@ def test_the_order_of_the_sources_of_a_caption(tmp_path):
     sources = {"exif": exif, "iptc": iptc_block((120, b"from IPTC")), "xmp": xmp_packet(title="from XMP")}
     (tmp_path / "photo.xmp").write_bytes(xmp_packet("from photo.xmp"))
     (tmp_path / "photo.jpg.xmp").write_bytes(xmp_packet("from photo.jpg.xmp"))
+    (tmp_path / "photo.json").write_text('{"key": "0", "caption": "from photo.json"}')
     (tmp_path / "photo.txt").write_text("from photo.txt")
+    assert read_header(save(path, **sources), told="from a table").caption == "from a table"
     seen = []
-    for gone in ("photo.txt", "photo.jpg.xmp", "photo.xmp"):
+    for gone in ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp"):
         seen.append(read_header(save(path, **sources)).caption)
         (tmp_path / gone).unlink()
     while sources:
         seen.append(read_header(save(path, **sources)).caption)
         sources.popitem()
-    names = ("photo.txt", "photo.jpg.xmp", "photo.xmp", "XMP", "IPTC", "EXIF")
+    names = ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp", "XMP", "IPTC", "EXIF")
     assert seen == [f"from {name}" for name in names]
 
 
@@ -387,7 +389,7 @@ def test_the_stamp_tells_when_a_sidecar_comes_changes_and_goes(tmp_path):
     path, text = tmp_path / "photo.jpg", tmp_path / "photo.txt"
     stamps = [sidecar_stamp(path)]
     assert stamps == [0]
-    for sidecar in (text, tmp_path / "photo.xmp", tmp_path / "photo.jpg.xmp"):
+    for sidecar in (text, tmp_path / "photo.json", tmp_path / "photo.xmp", tmp_path / "photo.jpg.xmp"):
         sidecar.write_text("a dog")
         os.utime(sidecar, ns=(10**18, 10**18))
         stamps.append(sidecar_stamp(path))

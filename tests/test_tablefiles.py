@@ -9,8 +9,9 @@ from colours import paint
 
 from clipmatch import archive, remote, tablefiles
 from clipmatch.errors import ClipmatchError
-from clipmatch.index import Index, absolute
+from clipmatch.index import Index
 from clipmatch.preprocess import load_image
+from clipmatch.remote import absolute
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import read_row, row_names
 
 TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
+TEXTS = 8  # archives of which the other files are known as well: whoever reads these goes through them in turn
 BLOCK = 512  # bytes, of a header
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
@@ -66,6 +67,20 @@ def read_bytes(path: Path) -> bytes:
     return read_at(archive, *place)
 
 
+def read_small(path: Path, limit: int) -> bytes | None:
+    """The bytes of an ordinary file or of any file in a tar archive; None above the limit. Raises OSError."""
+    inside = locate(path)
+    if inside is None:
+        with open_raw(path) as file:
+            data = file.read(limit + 1)
+        return data if len(data) <= limit else None
+    archive, name = inside
+    place = others(archive).get(name) if archive.suffix.lower() != PARQUET else None
+    if place is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return read_at(archive, *place) if place[1] <= limit else None
+
+
 def read_at(archive: Path, offset: int, size: int) -> bytes:
     """Bytes of a file from an offset on. Raises OSError if it ends before."""
     with open_raw(archive) as file:
@@ -104,11 +119,28 @@ def table(archive: Path) -> dict[str, tuple[int, int]]:
 
 @lru_cache(maxsize=TABLES)
 def _table(archive: str, modified: int, size: int) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
-    for member in _contents(archive, modified, size).members:
-        if os.path.splitext(member.name)[1].lower() in SUFFIXES:  # noqa: PTH122 - of each of perhaps a million
-            found.setdefault(member.name, (member.offset, member.size))  # of two of one name the first
-    return found
+    return places(_contents(archive, modified, size), pictures=True)
+
+
+def others(archive: Path) -> dict[str, tuple[int, int]]:
+    """As `table`, of the files that are no pictures."""
+    size, modified = status_of(archive)
+    return _others(str(archive), modified, size)
+
+
+@lru_cache(maxsize=TEXTS)
+def _others(archive: str, modified: int, size: int) -> dict[str, tuple[int, int]]:
+    return places(_contents(archive, modified, size), pictures=False)
+
+
+def places(found: Contents, pictures: bool) -> dict[str, tuple[int, int]]:
+    """Where the pictures in an archive are, or its other files."""
+    where: dict[str, tuple[int, int]] = {}
+    for member in found.members:
+        suffix = os.path.splitext(member.name)[1].lower()  # noqa: PTH122 - of each of perhaps a million
+        if (suffix in SUFFIXES) == pictures:
+            where.setdefault(member.name, (member.offset, member.size))  # of two of one name the first
+    return where
 
 
 def contents(archive: Path) -> Contents:
@@ -117,7 +149,7 @@ def contents(archive: Path) -> Contents:
     return _contents(str(archive), modified, size)
 
 
-@lru_cache(maxsize=1)  # the table is made right after the captions were read
+@lru_cache(maxsize=2)  # tables are made of it right after, while the next archive may be begun
 def _contents(archive: str, modified: int, size: int) -> Contents:
     members, end, problem = [], 0, None
     try:

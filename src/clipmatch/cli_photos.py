@@ -99,7 +99,8 @@ def index_command(
     the next run goes on. Afterwards: clipmatch find "two dogs in the snow"
     """
     from clipmatch.embedder import load_model
-    from clipmatch.index import Index, absolute, check_folders
+    from clipmatch.index import Index, check_folders
+    from clipmatch.remote import absolute
 
     chosen = [f"--{name}" for name, given in (("remove", remove), ("reembed", reembed), ("status", status)) if given]
     if len(chosen) > 1 or (chosen and watch):
@@ -270,7 +271,7 @@ def filter_options(command: Command) -> Command:
 
 def filter_of(options: dict[str, Any]) -> Filter:
     """Take the filter's options out of all options."""
-    from clipmatch.index import absolute
+    from clipmatch.remote import absolute
     from clipmatch.store import Filter
 
     names = ("after", "before", "camera", "min_side", "min_size", "has_caption", "box")
@@ -366,7 +367,7 @@ def opened(images: Sequence[str], file: str | None, embedder: Embedder | None) -
 
 def within(request: Request, images: Sequence[str]) -> Request:
     """The request, in these folders alone; in all if there are none."""
-    from clipmatch.index import absolute
+    from clipmatch.remote import absolute
 
     folders = tuple(absolute(folder) for folder in images)
     return replace(request, where=replace(request.where, folders=folders)) if images else request
@@ -382,7 +383,8 @@ def answer(index: Index, asked: Query, request: Request, more_like: int | None) 
 
 def shorten(matches: Matches, images: Sequence[str]) -> None:
     """Show paths as the folders were written."""
-    from clipmatch.index import absolute, spoken
+    from clipmatch.index import spoken
+    from clipmatch.remote import absolute
 
     spoken(matches, {absolute(folder): Path(folder) for folder in images})
 

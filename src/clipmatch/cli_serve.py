@@ -101,8 +101,8 @@ def serve_command(
 def exposure_of(index_file: str | None, show: tuple[str, ...], originals: bool) -> Exposure:
     """What may be shown: files below folders that were indexed here, or are named now. Tells which are not."""
     from clipmatch.exposure import Exposure
-    from clipmatch.index import absolute
     from clipmatch.leave import given
+    from clipmatch.remote import absolute
 
     place = place_of(index_file or default_index())
     named = frozenset(absolute(folder) for folder in show)

@@ -23,10 +23,11 @@ GALLERY = "clipmatch-gallery.json"  # in a folder that export-gallery has made
 
 @dataclass(frozen=True)
 class Found:
-    """A picture file, by absolute path."""
+    """A picture file, by absolute path. caption: in the table that has or names it."""
 
     path: Path
     stamp: Stamp
+    caption: str | None = None
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -13,14 +13,12 @@ what it had stored is found unchanged then, and what it was storing has the same
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,32 +31,33 @@ import ray.exceptions
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from clipmatch.archive import contents
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure, reason_of
-from clipmatch.imageformats import is_image_name
-from clipmatch.index import absolute, check_folders, name_of
+from clipmatch.index import check_folders, name_of
 from clipmatch.ingest import Comparison, Summary, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.leave import give
+from clipmatch.listing import ARCHIVES, files_at, is_archive, pictures_in
 from clipmatch.photo import Stamp
-from clipmatch.preprocess import plain_reason
-from clipmatch.remote import is_remote, list_files, status_of
+from clipmatch.remote import absolute, is_remote
 from clipmatch.runtime import usable_cores
 from clipmatch.storage import is_lance
 from clipmatch.store import Filter, Root, check_model
-from clipmatch.tablefiles import SUFFIX as PARQUET
-from clipmatch.tablefiles import linked, row_names
 
-ARCHIVES = (".tar", PARQUET)
 LISTED = 1_000_000  # files that the driver holds at once
 SHARE = 256  # files that an actor is given at once, commits at once, and does again if it is lost
 LOST = 5  # times that workers may be lost before anything is done again
 PATIENCE = 10  # seconds to reach a cluster
 PAUSE = 2  # seconds, times how often they were lost in turn: the cluster takes a while to notice
-FILES = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64()), ("sidecar", pa.int64())])
+FILES = pa.schema(  # of what is found; reason: why it can't be used
+    [
+        ("path", pa.string()),
+        *((name, pa.int64()) for name in ("size", "mtime", "sidecar")),
+        *((name, pa.string()) for name in ("caption", "reason")),
+    ]
+)
 COUNTS = ("added", "changed", "unchanged")
 
 
@@ -161,17 +160,14 @@ class Job:
                     bar.total = bar.n + len(part)
                     seen.append(self.embed(part, summary, bar))
                     self.store.tidy()  # rows that no index knows yet are looked at one by one
+            kept += [failure.path for failure in summary.failures if is_archive(failure.path)]
             self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
         return summary
 
     def files(self, root: Root, summary: Summary, kept: list[Path]) -> Iterator[Found]:
         """The pictures and archives below a root."""
         if is_remote(root.path):
-            for path, stamp in list_files(root.path):
-                name = path.relative_to(root.path).as_posix()
-                fits = any(fnmatch(path.name, pattern) or fnmatch(name, pattern) for pattern in root.exclude)
-                if not fits and (is_image_name(path.name) or path.suffix.lower() in ARCHIVES):
-                    yield Found(path, stamp)
+            yield from files_at(root.path, root.exclude)
             return
         for item in walk(root.path, root.exclude, root.follow_links, also=ARCHIVES):
             if isinstance(item, Failure):
@@ -214,7 +210,7 @@ class Job:
         """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
         room = self.room()
         data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
-        if any(item.path.suffix.lower() in ARCHIVES for item in files):
+        if any(is_archive(item.path) for item in files):
             data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
         made = data.map_batches(
             Worker,
@@ -266,14 +262,14 @@ class Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Files -> one row that counts them."""
-        listed = [Found(path_of(row.pop("path")), Stamp(**row)) for row in batch.to_pylist()]
-        files = list({item.path: item for item in listed}.values())  # a Parquet file may name one more than once
+        listed = from_table(batch)
+        files = {item.path: item for item in listed}.values()  # Parquet files may name one more than once
         there, summary = Comparison(), Summary()
         known, broken = self.store.stamps_of(item.path for item in files)
         there.known |= known.keys()
         for item in files:
-            if item.path.suffix.lower() in ARCHIVES:
-                summary.failures.append(Failure(item.path, problem_of(item.path)))
+            if isinstance(item, Failure):
+                summary.failures.append(item)
             else:
                 sort_out(item, known, broken, there, summary)
         take_in(self.store, self.embedder, there, summary, progress=False, batch=SHARE)
@@ -293,73 +289,41 @@ DONE = pa.schema(
 )
 
 
-def as_table(files: Iterable[Found]) -> pa.Table:
-    """Files as rows."""
-    return pa.Table.from_pylist([{"path": text_of(item.path), **vars(item.stamp)} for item in files], schema=FILES)
+def as_table(files: Iterable[Found | Failure]) -> pa.Table:
+    """What is found as rows."""
+    return pa.Table.from_pylist(
+        [
+            {"path": text_of(item.path), "reason": item.reason}
+            if isinstance(item, Failure)
+            else {"path": text_of(item.path), **vars(item.stamp), "caption": item.caption}
+            for item in files
+        ],
+        schema=FILES,
+    )
 
 
-def open_archives(batch: pa.Table) -> pa.Table:
-    """Files, among them archives -> the same, with the pictures in the archives in their places.
-
-    An archive that can't be read, or not to its end, stays; a worker says why.
-    """
-    found: list[dict[str, Any]] = []
-    for row in batch.to_pylist():
-        path = path_of(row["path"])
-        found += members_of(path) if path.suffix.lower() in ARCHIVES else [row]
-    return pa.Table.from_pylist(found, schema=FILES)
-
-
-def members_of(archive: Path) -> list[dict[str, Any]]:
-    """The pictures in an archive, as rows; their time is the archive's."""
-    try:
-        modified = status_of(archive)[1]
-        if archive.suffix.lower() == PARQUET:
-            return rows_of(archive, modified)
-        inside = contents(archive)
-    except OSError:
-        return [row_of(archive)]
-    return [row_of(archive)] * (inside.problem is not None) + [
-        row_of(archive / member.name, member.size, modified)
-        for member in inside.members
-        if is_image_name(os.path.basename(member.name))  # noqa: PTH119 - of each of very many
+def from_table(rows: pa.Table) -> list[Found | Failure]:
+    """The inverse of `as_table`."""
+    return [
+        Failure(path_of(row["path"]), row["reason"])
+        if row["reason"] is not None
+        else Found(path_of(row["path"]), Stamp(row["size"], row["mtime"], row["sidecar"]), row["caption"])
+        for row in rows.to_pylist()
     ]
+
+
+def open_archives(batch: pa.Table) -> Iterator[pa.Table]:
+    """Files, among them archives -> the other files, then the pictures in each archive."""
+    files = from_table(batch)
+    yield as_table(item for item in files if not is_archive(item.path))
+    for item in files:
+        if is_archive(item.path):
+            yield as_table(pictures_in(item.path))
 
 
 def actor_settings() -> dict[str, Any]:
     """On all machines; never restarted: what waits for one that has no room any more would wait for ever."""
     return {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-
-
-def rows_of(table: Path, modified: int) -> list[dict[str, Any]]:
-    """The pictures in a Parquet file, or those whose paths it has, as rows; paths are meant from its folder on.
-
-    Raises OSError if it can't be read.
-    """
-    paths = linked(table)
-    if paths is None:
-        return [row_of(table / name, 0, modified) for name in row_names(table)]
-    found = []
-    for path in dict.fromkeys(absolute(text if is_remote(text) else table.parent / text) for text in paths if text):
-        try:
-            found.append(row_of(path, *status_of(path)))
-        except OSError:
-            found.append(row_of(path))
-    return found
-
-
-def problem_of(archive: Path) -> str:
-    """Why an archive can't be read."""
-    try:
-        problem = None if archive.suffix.lower() == PARQUET and row_names(archive) else contents(archive).problem
-    except OSError as error:
-        return plain_reason(error)
-    return problem or "it could not be read"
-
-
-def row_of(path: Path, size: int = 0, modified: int = 0) -> dict[str, Any]:
-    """A file as a row."""
-    return {"path": text_of(path), "size": size, "mtime": modified, "sidecar": 0}
 
 
 def own_error(error: BaseException | None) -> ClipmatchError | None:

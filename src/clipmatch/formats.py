@@ -271,11 +271,16 @@ def find_columns(names: Sequence[str]) -> Columns | None:
     """The columns of that name in any case, the usual names first; None without an image or a caption column."""
     lower = [name.lower() for name in names]
     image = next((lower.index(name) for name in IMAGE_COLUMNS if name in lower), None)
-    captions = tuple(lower.index(name) for name in CAPTION_COLUMNS if name in lower)[:1]
-    captions = captions or tuple(at for at, name in enumerate(lower) if NUMBERED.fullmatch(name))
+    captions = caption_columns(lower)
     if image is None or not captions:
         return None
     return Columns(image, captions, lower.index(SPLIT_COLUMN) if SPLIT_COLUMN in lower else None, len(names))
+
+
+def caption_columns(lower: Sequence[str]) -> tuple[int, ...]:
+    """Where captions are, by names in small letters: the first of the usual names, else all that are numbered."""
+    captions = tuple(lower.index(name) for name in CAPTION_COLUMNS if name in lower)[:1]
+    return captions or tuple(at for at, name in enumerate(lower) if NUMBERED.fullmatch(name))
 
 
 def captions_of(value: Any, depth: int = 0) -> list[str]:

@@ -6,7 +6,6 @@ search; how any of them works is not known here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from clipmatch.imageformats import SUFFIXES
 from clipmatch.leave import give
 from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
-from clipmatch.remote import address_of, is_remote
+from clipmatch.remote import absolute, address_of, is_remote
 from clipmatch.runtime import cache_folder
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.storage import PhotoStore, default_index, open_store
@@ -512,13 +511,6 @@ def find_matches(
         matches = index.answer(asked, replace(request, where=where))
     matches.failures = summary.failures
     return spoken(matches, {absolute(folder): Path(folder) for folder in listed})
-
-
-def absolute(path: str | Path) -> Path:
-    """A path as the index keeps it; a link stays a link, an address becomes what `pathlib` makes of it."""
-    if is_remote(path):
-        return Path(path)
-    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - which `resolve` would follow
 
 
 def spoken(matches: Matches, names: dict[Path, Path]) -> Matches:

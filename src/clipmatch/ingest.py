@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +28,11 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
+from clipmatch.listing import is_archive, pictures_in
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
-from clipmatch.remote import is_remote
+from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
@@ -128,7 +128,7 @@ def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bo
             summary.changed += len(rows)
             summary.failures += done.failures
             bar.update(len(batch))
-    absent = [failure.path for failure in summary.failures if not os.access(failure.path, os.R_OK)]
+    absent = [failure.path for failure in summary.failures if not is_readable(failure.path)]
     if absent:
         raise ClipmatchError(
             f"{len(absent)} photographs can't be read now, such as {absent[0]}; the index still answers with the old "
@@ -136,6 +136,16 @@ def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bo
         )
     store.bind(name)
     return summary
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file, or the archive that it is in, can be opened."""
+    inside = locate(path)
+    try:
+        with open_raw(inside[0] if inside else path):
+            return True
+    except OSError:
+        return False
 
 
 @dataclass
@@ -159,15 +169,20 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     failed: set[Path] = set()
     for root in roots:
         known, broken = store.stamps(root.path)
-        found.known |= known.keys()
         failed |= broken.keys()
-        for item in files_below(root):
+        items: Iterable[Found | Failure] = files_below(root)
+        stamps = known
+        if is_archive(root.path):
+            items = list(items)
+            stamps = known | stamps_elsewhere(store, items, root)
+        found.known |= stamps.keys()
+        for item in items:
             if isinstance(item, Failure):
                 summary.failures.append(item)
                 kept.append(item.path)
             elif item.path not in seen:
                 seen.add(item.path)
-                sort_out(item, known, broken, found, summary)
+                sort_out(item, stamps, broken, found, summary)
         if keep_empty and known and not any(path.is_relative_to(root.path) for path in seen) and root.path not in kept:
             reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
             summary.failures.append(Failure(root.path, reason))
@@ -178,14 +193,23 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     return found
 
 
+def stamps_elsewhere(store: PhotoStore, items: Sequence[Found | Failure], root: Root) -> dict[Path, Stamp]:
+    """The stamps of pictures that a table names and that the store knows; they may lie anywhere."""
+    outside = [item.path for item in items if not item.path.is_relative_to(root.path)]
+    return {photo.path: photo.stamp for photo in store.photos_of(store.numbers_of(outside).values())}
+
+
 def files_below(root: Root) -> Iterator[Found | Failure]:
-    """`walk`, for a folder that may have gone since it was named."""
+    """`walk`, for a folder that may have gone since it was named; of an archive the pictures in it."""
     if not root.path.exists():
         yield Failure(
             root.path, "it is not there now; its photographs stay until it is removed: clipmatch index --remove"
         )
         return
-    yield from walk(root.path, root.exclude, root.follow_links)
+    if is_archive(root.path) and root.path.is_file():
+        yield from pictures_in(root.path)
+    else:
+        yield from walk(root.path, root.exclude, root.follow_links)
 
 
 def sort_out(
@@ -194,12 +218,24 @@ def sort_out(
     """One file: unchanged, unusable as before, or to be looked at."""
     if reason := missing_library(item.path):  # not kept: the library may be there next time
         summary.failures.append(Failure(item.path, reason))
-    elif known.get(item.path) == item.stamp:
+    elif is_unchanged(item.stamp, known.get(item.path)):
         summary.unchanged += 1
-    elif item.path in broken and broken[item.path][0] == item.stamp:
+    elif item.path in broken and is_unchanged(item.stamp, broken[item.path][0]):
         summary.failures.append(Failure(item.path, broken[item.path][1]))
     else:
         found.fresh.append(item)
+
+
+def is_unchanged(now: Stamp, known: Stamp | None) -> bool:
+    """Whether a file is as the store knows it.
+
+    A picture that a table names may be found by itself as well, as two stamps: what lies beside it goes before what a
+    table says of it, and that before nothing, whichever comes last.
+    """
+    if known is None or (now.size, now.mtime) != (known.size, known.mtime):
+        return False
+    silent = now.sidecar == -1 or (now.sidecar < 0 < known.sidecar) or (now.sidecar == 0 > known.sidecar)
+    return silent or now.sidecar == known.sidecar
 
 
 def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
@@ -211,11 +247,13 @@ def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
 class Batch:
     """Files on their way into the store.
 
-    stamps and digests: of the files that could be hashed; unread: the others. relatives: contents that have a vector,
-    and a photograph of each. first: what is to be embedded, of several copies one. looks: what is seen of it then.
+    stamps, captions (in tables), digests: of the files that could be hashed; unread: the others. relatives: contents
+    that have a vector, and a photograph of each. first: what is to be embedded, of several copies one. looks: what is
+    seen of it then.
     """
 
     stamps: dict[Path, Stamp]
+    captions: dict[Path, str | None]
     digests: dict[Path, str]
     unread: list[Failure]
     relatives: dict[str, Photo]
@@ -254,6 +292,7 @@ def counter(total: int, progress: bool) -> tqdm[Any]:
 def prepare(store: PhotoStore, model: str, files: Sequence[Found], under_way: dict[str, str]) -> Batch:
     """Hash files, and see which of their contents have to be embedded."""
     stamps = {item.path: item.stamp for item in files}
+    captions = {item.path: item.caption for item in files}
     digests, unread = hash_files(list(stamps))
     relatives = store.with_content(store.embedded(model, set(digests.values())))
     first: dict[str, Path] = {}
@@ -261,7 +300,7 @@ def prepare(store: PhotoStore, model: str, files: Sequence[Found], under_way: di
         if digest not in relatives and digest not in under_way:
             first.setdefault(digest, path)
     under_way.update(dict.fromkeys(first, ""))
-    return Batch(stamps, digests, unread, relatives, first, Looks(stamps))
+    return Batch(stamps, captions, digests, unread, relatives, first, Looks(stamps, captions))
 
 
 def keep(
@@ -318,14 +357,14 @@ def changes(batch: Batch) -> dict[Path, str]:
 class Looks:
     """What is learnt about a picture on the way to the model, where it is decoded anyway."""
 
-    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
-        self.stamps = stamps
+    def __init__(self, stamps: Mapping[Path, Stamp], captions: Mapping[Path, str | None]) -> None:
+        self.stamps, self.captions = stamps, captions
         self.metadata: dict[Path, Metadata] = {}
         self.hashes: dict[Path, int] = {}
 
     def read(self, path: Path, min_size: int | None) -> Image.Image:
         """As `load_image`; remembers what it saw. Called from several threads."""
-        image, self.metadata[path] = open_photo(path, min_size, sidecars=bool(self.stamps[path].sidecar))
+        image, self.metadata[path] = open_photo(path, min_size, self.stamps[path].sidecar > 0, self.captions[path])
         self.hashes[path] = picture_hash(image)
         return image
 
@@ -341,7 +380,7 @@ def photograph(path: Path, digest: str, batch: Batch, relatives: Mapping[str, Ph
         twin = batch.first[digest]
         known, twin_hash = looks.metadata[twin], looks.hashes[twin]
     try:
-        metadata = read_header(path)
+        metadata = read_header(path, stamp.sidecar > 0, batch.captions[path])
     except ImageError:  # it has gone since it was hashed
         metadata = known
     return Photo(path, digest, stamp, metadata, twin_hash)

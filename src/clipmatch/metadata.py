@@ -1,6 +1,7 @@
 """What a photograph's file says about it: size, time, place, camera and caption.
 
-In: a path and its opened image, which need not be decoded. Out: `Metadata`. Knows nothing of models or stores.
+In: a path and its opened image, which need not be decoded. Out: `Metadata`. Files in archives and on object storage are
+read as those on disk. Knows nothing of models or stores.
 
 Nothing here raises: cameras, phones and programs write all kinds of nonsense, and a field that can't be made sense of
 is None. The parsers are imported where a photograph needs them: a query does not.
@@ -9,17 +10,19 @@ is None. The parsers are imported where a photograph needs them: a query does no
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from clipmatch.archive import read_small
+from clipmatch.formats import captions_of
 from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
 from clipmatch.photo import Metadata
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Words: TypeAlias = "tuple[str | None, list[str]]"  # a caption and keywords
 
+SIDECARS = (".txt", ".json", ".xmp")
 MAX_TEXT_FILE = 1 << 16  # bytes; longer ones are no captions
 MAX_XMP = 1 << 22  # bytes; editors put their masks and history into it
 MAX_CAPTION = 10_000  # characters
@@ -57,15 +61,15 @@ CAMERA_DEFAULT = re.compile(  # what cameras and programs write in place of a de
 )
 
 
-def read_metadata(path: Path, image: Image.Image, sidecars: bool = True) -> Metadata:
+def read_metadata(path: Path, image: Image.Image, sidecars: bool = True, told: str | None = None) -> Metadata:
     """What the file and its side-cars say; `image` is opened and not decoded at a reduced size. Never raises.
 
-    sidecars: whether there may be any.
+    sidecars: whether there may be any. told: the caption in the table that has or names the picture.
     """
     exif = attempt(image.getexif) or no_exif()
     latitude, longitude = attempt(lambda: position_of(exif)) or (None, None)
     camera = attempt(lambda: camera_of(exif))
-    caption = attempt(lambda: caption_of(path if sidecars else None, image, exif))
+    caption = attempt(lambda: caption_of(path if sidecars else None, image, exif, told))
     return Metadata(*upright_size(image), attempt(lambda: taken_of(exif)), latitude, longitude, camera, caption)
 
 
@@ -154,20 +158,21 @@ def camera_of(exif: Image.Exif) -> str | None:
 # Caption
 
 
-def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif) -> str | None:
+def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif, told: str | None = None) -> str | None:
     """The words that people gave to a photograph, in one line, keywords in brackets: "Grandma's birthday [cake, Rome]".
 
-    The caption is the first of: the text file of the same name (photo.txt, as beside training pictures), the
-    description or title in an XMP side-car (photo.jpg.xmp or photo.xmp) or else embedded, the IPTC caption, the EXIF
-    description. What cameras write there by themselves is passed over. Keywords count, because tagging is how most
-    people caption; they are those of the first XMP or IPTC part that has any. path: None where nothing lies beside it.
+    The caption is the first of: what a table says, the text file or JSON file of the same name (photo.txt, photo.json,
+    as beside training pictures), the description or title in an XMP side-car (photo.jpg.xmp or photo.xmp) or else
+    embedded, the IPTC caption, the EXIF description. What cameras write there by themselves is passed over. Keywords
+    count, because tagging is how most people caption; they are those of the first XMP or IPTC part that has any.
+    path: None where nothing lies beside it.
     """
-    caption: str | None = None
+    caption = as_text(told)
     keywords: list[str] = []
     sources: list[Callable[[], Words]] = []
     if path is not None:
-        text, *packets = (path.with_name(name) for name in sidecar_names(path.name))
-        caption = attempt(lambda: text_file(text))
+        text, record, *packets = (path.with_name(name) for name in sidecar_names(path.name))
+        caption = caption or attempt(lambda: text_file(text)) or attempt(lambda: json_file(record))
         sources += [partial(xmp_file, packet) for packet in packets]
     sources.append(lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)))
     sources.append(lambda: iptc_words(image))
@@ -248,26 +253,26 @@ def decode(data: bytes) -> str:
 
 def xmp_file(path: Path) -> Words:
     """Of an XMP side-car. Raises OSError if there is none."""
-    return xmp_words(read_file(path, MAX_XMP))
+    return xmp_words(read_small(path, MAX_XMP))
 
 
 def text_file(path: Path) -> str | None:
-    """The text of a small text file; None if there is none."""
-    data = read_file(path, MAX_TEXT_FILE)
+    """The text of a small text file; None if it is empty or none. Raises OSError if there is none."""
+    data = read_small(path, MAX_TEXT_FILE)
     text = decode(data) if data else ""
     return None if "\0" in text else as_text(text)  # a NUL: it is no text
 
 
-def read_file(path: Path, limit: int) -> bytes | None:
-    """The bytes of a regular file that is not above the limit; opening a named pipe would wait for ever."""
-    status = path.stat()
-    return path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= limit else None
+def json_file(path: Path) -> str | None:
+    """The captions in a small JSON file. Raises OSError if there is none, ValueError for no JSON."""
+    record = json.loads(read_small(path, MAX_TEXT_FILE) or b"null")
+    return as_text(" ".join(captions_of(record))) if isinstance(record, dict) else None
 
 
-def sidecar_names(name: str) -> tuple[str, str, str]:
-    """photo.txt; photo.jpg.xmp (darktable, digiKam), which belongs to one file alone; photo.xmp (Adobe)."""
+def sidecar_names(name: str) -> tuple[str, str, str, str]:
+    """photo.txt; photo.json; photo.jpg.xmp (darktable, digiKam), which belongs to one file alone; photo.xmp (Adobe)."""
     stem = os.path.splitext(name)[0]  # noqa: PTH122 (it is asked of every file: pathlib takes much longer)
-    return f"{stem}.txt", f"{name}.xmp", f"{stem}.xmp"
+    return f"{stem}.txt", f"{stem}.json", f"{name}.xmp", f"{stem}.xmp"
 
 
 def sidecar_stamp(path: Path, names: AbstractSet[str] | None = None) -> int:
@@ -282,7 +287,21 @@ def sidecar_stamp(path: Path, names: AbstractSet[str] | None = None) -> int:
             status = attempt(path.with_name(name).stat)
             if status:
                 there.append((name, status.st_size, status.st_mtime_ns))
-    if not there:
-        return 0
-    digest = hashlib.blake2b(repr(there).encode(errors="backslashreplace"), digest_size=8).digest()
+    return number_of(there) if there else 0
+
+
+def listed_stamp(name: str, listed: Mapping[str, tuple[int, int]]) -> int:
+    """`sidecar_stamp` of a file that a listing names, whose side-cars are listed with their sizes and times."""
+    there = [(beside, *listed[beside]) for beside in sidecar_names(name) if beside in listed]
+    return number_of(there) if there else 0
+
+
+def told_stamp(caption: str | None) -> int:
+    """The same of a caption in a table, negative; -1 for none."""
+    return -number_of(caption) if caption else -1
+
+
+def number_of(value: object) -> int:
+    """A number of 63 bits, above 0, that is another one for another value."""
+    digest = hashlib.blake2b(repr(value).encode(errors="backslashreplace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1 or 1

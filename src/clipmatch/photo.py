@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stamp:
-    """What changes when a file changes: size in bytes, modification time in ns, the same of its side-car files."""
+    """What changes when a file changes: size in bytes, modification time in ns, and what lies beside it.
+
+    sidecar: 0 if nothing does; of side-car files a positive number (`metadata.sidecar_stamp`); of a picture in a table,
+    or named by one, a negative number of the caption there (`metadata.told_stamp`).
+    """
 
     size: int
     mtime: int

@@ -88,22 +88,25 @@ def load_image(
         return decoded(image, min_size, most)
 
 
-def open_photo(path: str | Path, min_size: int | None = None, sidecars: bool = True) -> tuple[Image.Image, Metadata]:
-    """`load_image` and `read_header` of a file that is opened once. Raises ImageError.
-
-    sidecars: whether there may be a file beside it that says more; to look for one takes time.
-    """
+def open_photo(
+    path: str | Path, min_size: int | None = None, sidecars: bool = True, told: str | None = None
+) -> tuple[Image.Image, Metadata]:
+    """`load_image` and `read_header` of a file that is opened once. Raises ImageError."""
     with opened(Path(path)) as image:
         if image.format == "PNG":  # whose EXIF data may come last: a look at them first would hide damaged pixels
-            return decoded(image, min_size), read_metadata(Path(path), image, sidecars)
-        metadata = read_metadata(Path(path), image, sidecars)  # first: a reduced picture has lost its size
+            return decoded(image, min_size), read_metadata(Path(path), image, sidecars, told)
+        metadata = read_metadata(Path(path), image, sidecars, told)  # first: a reduced picture has lost its size
         return decoded(image, min_size), metadata
 
 
-def read_header(path: str | Path) -> Metadata:
-    """What an image file says about its picture, which is decoded only if need be (PNG). Raises ImageError."""
+def read_header(path: str | Path, sidecars: bool = True, told: str | None = None) -> Metadata:
+    """What an image file says about its picture, which is decoded only if need be (PNG). Raises ImageError.
+
+    sidecars: whether there may be files beside it that say more; to look for them takes time. told: the caption in the
+    table that has or names the picture.
+    """
     with opened(Path(path)) as image:
-        return read_metadata(Path(path), image)
+        return read_metadata(Path(path), image, sidecars, told)
 
 
 def decoded(image: Image.Image, min_size: int | None, most: int | None = None) -> Image.Image:

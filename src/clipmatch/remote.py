@@ -11,7 +11,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -36,6 +37,13 @@ def is_remote(path: str | Path) -> bool:
 def address_of(path: str | Path) -> str:
     """A path as people write it: of object storage with both slashes, any other as it is."""
     return SCHEME.sub(r"\1://", str(path), count=1)
+
+
+def absolute(path: str | Path) -> Path:
+    """A path as the index keeps it; a link stays a link, an address becomes what `pathlib` makes of it."""
+    if is_remote(path):
+        return Path(path)
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - which `resolve` would follow
 
 
 def open_raw(path: Path) -> IO[bytes]:
@@ -89,8 +97,26 @@ def status_of(path: Path) -> tuple[int, int]:
     return found.size, found.mtime_ns or 0
 
 
-def list_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
-    """All files below a folder of object storage, hidden ones left out; a file stands for itself.
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """Files below a folder, hidden ones left out, which can be gone through more than once.
+
+    inside: the name of the folder there. infos: what Arrow says of each, in less memory than what is made of it here.
+    """
+
+    folder: Path
+    inside: str
+    infos: Sequence[Any]
+
+    def __iter__(self) -> Iterator[tuple[Path, Stamp]]:
+        for found in self.infos:
+            below = found.path.lstrip("/")[len(self.inside) :].strip("/")  # some begin with a slash
+            if found.is_file and not any(part.startswith(".") for part in below.split("/")):
+                yield (self.folder / below if below else self.folder), Stamp(found.size, found.mtime_ns or 0)
+
+
+def list_files(folder: Path) -> Listing:
+    """All files below a folder of object storage; a file stands for itself.
 
     Raises ClipmatchError when there is nothing, or it can't be read.
     """
@@ -102,10 +128,7 @@ def list_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
         listed = [root] if root.is_file else system.get_file_info(FileSelector(inside, recursive=True))
     except OSError as error:
         raise ClipmatchError(f"{address_of(folder)} can't be read ({reason_of(error)}); check its name.") from error
-    for found in listed:
-        below = found.path.lstrip("/")[len(inside) :].strip("/")  # some begin with a slash
-        if found.is_file and not any(part.startswith(".") for part in below.split("/")):
-            yield (folder / below if below else folder), Stamp(found.size, found.mtime_ns or 0)
+    return Listing(folder, inside, listed)
 
 
 def locate(path: Path) -> tuple[Any, str]:

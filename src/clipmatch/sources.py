@@ -224,6 +224,10 @@ class PairDataset(torch.utils.data.Dataset[Any]):
         captions = [self.draw_caption(epoch, item) for item in items]
         return Batch(images, self.texts.fetch(captions), torch.tensor(items), torch.tensor(captions), failures)
 
+    def batches(self, batch_size: int, epochs: int, seed: int, start: int, **chosen: Any) -> EpochBatches:
+        """Which pictures make up the batches from number `start` on; chosen: as for `EpochBatches`."""
+        return EpochBatches(len(self.first_caption) - 1, batch_size, epochs, seed, start, **chosen)
+
     def draw_caption(self, epoch: int, item: int) -> int:
         """The number of the caption that a picture gets in an epoch."""
         first, end = self.first_caption[item], self.first_caption[item + 1]
@@ -377,9 +381,13 @@ class EpochBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     def batch(self, epoch: int, place: int) -> NDArray[np.int64]:
         """The pictures of a batch, by its place in the epoch [b]."""
+        return self.order_of(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def order_of(self, epoch: int) -> NDArray[np.int64]:
+        """`order`, which is drawn once an epoch."""
         if self.ordered is None or self.ordered[0] != epoch:
             self.ordered = epoch, self.order(epoch)
-        return self.ordered[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self.ordered[1]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The pictures of an epoch, batch after batch."""

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -237,12 +237,16 @@ class StreamedBatches(EpochBatches):
     def batch(self, epoch: int, place: int) -> NDArray[np.int64]:
         """The numbers of a batch's pictures [b]."""
         spots = np.concatenate([start + self.spots(epoch, lane, place) for lane, start in enumerate(self.starts)])
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.shards))
+        order = self.order_of(epoch)
         counts = np.diff(self.rows.first)[order]
         ends = np.cumsum(counts)
         which = np.searchsorted(ends, spots, side="right")  # archive of each, in the epoch's order
         items: NDArray[np.int64] = self.rows.first[order[which]] + spots - (ends - counts)[which]
         return items
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The archives as an epoch lines them up [s]."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows.shards))
 
     def spots(self, epoch: int, lane: int, place: int) -> NDArray[np.int64]:
         """Where in a lane the pictures are that it gives to a batch: all pictures of a window in random order, then
@@ -308,6 +312,12 @@ class StreamedPairs(PairDataset):
 
     def __init__(self, images: StreamedImages, texts: StreamedTexts, seed: int):
         super().__init__(images, texts, images.rows.first, seed)
+
+    def batches(self, batch_size: int, epochs: int, seed: int, start: int, **chosen: Any) -> EpochBatches:
+        """Which pictures make up the batches from number `start` on; chosen: the part of a process, for nothing of a
+        picture is known beforehand.
+        """
+        return StreamedBatches(self.images.rows, batch_size, epochs, seed, start, chosen["part"])
 
     def draw_caption(self, epoch: int, item: int) -> int:
         """The number of the caption that a picture gets in an epoch."""

@@ -1,7 +1,7 @@
 """Pictures in the rows of Parquet files, read where they lie: `train.parquet/00000123` is the picture in row 123.
 
-In: paths. Out: how many pictures there are, their bytes, or where else they lie. Knows nothing of captions. All
-functions may be called from threads; a group of rows is kept for the rows that follow.
+In: paths. Out: how many pictures there are, their bytes, or where else they lie, and their captions. All functions may
+be called from threads; a group of rows is kept for the rows that follow.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from clipmatch.errors import ClipmatchError
+from clipmatch.formats import caption_columns, captions_of
 from clipmatch.remote import open_raw, status_of
 
 SUFFIX = ".parquet"
@@ -26,10 +27,11 @@ GROUPS = 2  # of rows that are kept, of each perhaps a hundred megabytes
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A file and its column of pictures. starts: the first row of each group, and the number of rows."""
+    """A file, its column of pictures, and those of captions. starts: the first row of each group, and their number."""
 
     file: Any
     column: str
+    captions: tuple[str, ...]
     starts: tuple[int, ...]
     turn: Lock = field(default_factory=Lock)
 
@@ -48,6 +50,16 @@ def linked(path: Path) -> list[str] | None:
     with table.turn:
         found: list[str] = table.file.read(columns=[table.column])[table.column].to_pylist()
     return found
+
+
+def captions_in(path: Path) -> list[list[str]]:
+    """The captions of each row, of none an empty list. Raises OSError if the file can't be read."""
+    table = opened(path)
+    if not table.captions:
+        return [[] for _ in range(table.starts[-1])]
+    with table.turn:
+        rows = table.file.read(columns=list(table.captions)).to_pylist()
+    return [captions_of([row[name] for name in table.captions]) for row in rows]
 
 
 def read_row(path: Path, name: str) -> bytes:
@@ -79,12 +91,14 @@ def _opened(path: str, size: int, modified: int) -> Opened:
         file = ParquetFile(open_raw(Path(path)))
     except ArrowException as error:
         raise OSError(errno.EIO, f"it is a damaged Parquet file ({error})", path) from error
-    names = {name.lower(): name for name in reversed(file.schema_arrow.names)}
+    found = file.schema_arrow.names
+    names = {name.lower(): name for name in reversed(found)}
     column = next((names[name] for name in COLUMNS if name in names), None)
     if column is None:
         raise OSError(errno.EIO, f"it has no column of pictures ({', '.join(COLUMNS)})", path)
     counts = (file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
-    return Opened(file, column, (0, *accumulate(counts)))
+    captions = tuple(found[at] for at in caption_columns([name.lower() for name in found]))
+    return Opened(file, column, captions, (0, *accumulate(counts)))
 
 
 @lru_cache(maxsize=GROUPS)

@@ -46,8 +46,8 @@ from clipmatch.ranks import Ranks
 from clipmatch.runlog import RunLog, note, read_history, stop_on_interrupt
 from clipmatch.runstate import RunState, SaveClock, damaged_run
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_draws, usable_cores
-from clipmatch.sources import SAMPLE, Batch, CachedImages, CachedTexts, EpochBatches, Sources, embed_pictures
-from clipmatch.streaming import ShardRows, StreamedBatches, hash_of
+from clipmatch.sources import SAMPLE, Batch, CachedImages, CachedTexts, Sources, embed_pictures
+from clipmatch.streaming import ShardRows, hash_of
 from clipmatch.teachers import Teachers, ask_teachers
 
 
@@ -158,21 +158,15 @@ class Trainer:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if settings.hard_negatives and place == 0 and epoch % settings.mine_every == 0:
             self.neighbours = self.ranks.of_first(self.mine)
-        start, part = epoch * self.batches + place * settings.accumulate, (self.ranks.number, self.ranks.count)
-        rows = self.splits.train
-        if isinstance(rows, ShardRows):
-            sampler: EpochBatches = StreamedBatches(rows, self.batch_size, settings.epochs, self.seed, start, part)
-        else:
-            sampler = EpochBatches(
-                len(rows),
-                self.batch_size,
-                settings.epochs if self.neighbours is None else epoch + 1,
-                self.seed,
-                start,
-                neighbours=None if self.neighbours is None else self.neighbours.numpy(),
-                share=settings.hard_negatives,
-                part=part,
-            )
+        sampler = self.pairs.batches(
+            self.batch_size,
+            settings.epochs if self.neighbours is None else epoch + 1,
+            self.seed,
+            epoch * self.batches + place * settings.accumulate,
+            neighbours=None if self.neighbours is None else self.neighbours.numpy(),
+            share=settings.hard_negatives,
+            part=(self.ranks.number, self.ranks.count),
+        )
         workers = settings.workers
         if workers is None:
             each = usable_cores() // 2 // self.ranks.here

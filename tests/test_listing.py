@@ -1,0 +1,163 @@
+"""Pictures in archives and tables and on object storage, with the captions that lie beside them there."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from captionfiles import pack, picture
+from colours import ColourEmbedder, paint
+
+from clipmatch import remote
+from clipmatch.errors import Failure
+from clipmatch.index import Index
+from clipmatch.listing import files_at, pictures_in
+from clipmatch.preprocess import read_header
+from clipmatch.remote import absolute
+
+XMP = (
+    b"<x:xmpmeta xmlns:x='adobe:ns:meta/' xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'"
+    b" xmlns:dc='http://purl.org/dc/elements/1.1/'><rdf:RDF><rdf:Description dc:description='A sky'/></rdf:RDF>"
+    b"</x:xmpmeta>"
+)
+MEMBERS = [
+    ("0.png", picture("red")),
+    ("0.txt", b"A rose .\nA tulip .\n"),
+    ("sub/0.png", picture("lime")),
+    ("sub/0.json", b'{"key": "0", "caption": ["Grass .", "A lawn ."]}'),
+    ("sub/1.png", picture("blue")),
+    ("sub/1.png.xmp", XMP),
+    ("2.png", picture("red")),  # as 0.png, with a caption of its own
+    ("2.json", b'{"caption": "A cherry ."}'),
+    ("3.png", picture("white")),
+    ("3.json", b"no JSON"),
+    ("4.png", picture("black")),
+]
+CAPTIONS = {
+    "0.png": "A rose . A tulip .",
+    "sub/0.png": "Grass . A lawn .",
+    "sub/1.png": "A sky",
+    "2.png": "A cherry .",
+    "3.png": None,
+    "4.png": None,
+}
+
+
+@pytest.fixture
+def index(tmp_path):
+    with Index.open(tmp_path / "photos.sqlite", ColourEmbedder()) as opened:
+        yield opened
+
+
+def captions(index, folder):
+    return {photo.path.relative_to(folder).as_posix(): photo.metadata.caption for photo in index}
+
+
+def later(path):
+    stamp = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(stamp, stamp))
+
+
+def test_captions_in_a_tar_archive(index, tmp_path):
+    shard = pack(tmp_path / "shard.tar", MEMBERS)
+    assert str(index.update([shard], progress=False)).startswith("6 added, 0 moved, 0 changed, 0 unchanged, 0 removed")
+    assert captions(index, shard) == CAPTIONS
+    assert str(index.update(progress=False)).startswith("0 added, 0 moved, 0 changed, 6 unchanged, 0 removed, 0 failed")
+    later(pack(shard, [*MEMBERS, ("4.txt", b"Night .")]))
+    assert index.update(progress=False).changed == 6  # their time is the archive's
+    assert captions(index, shard) == {**CAPTIONS, "4.png": "Night ."}
+
+
+def test_of_pictures_without_side_cars_nothing_is_looked_for(tmp_path):
+    found = {item.path.name: item.stamp.sidecar for item in pictures_in(pack(tmp_path / "shard.tar", MEMBERS))}
+    assert [name for name, sidecar in found.items() if not sidecar] == ["4.png"]
+
+
+def test_an_archive_that_was_damaged_keeps_what_was_known_of_it(index, tmp_path):
+    shard = pack(tmp_path / "shard.tar", MEMBERS)
+    index.update([shard], progress=False)
+    shard.write_bytes(b"nothing")
+    summary = index.update(progress=False)
+    assert [failure.path for failure in summary.failures] == [shard]
+    assert "damaged or cut off after 0 files" in summary.failures[0].reason
+    assert captions(index, shard) == CAPTIONS
+    assert list(pictures_in(tmp_path / "gone.tar")) == [Failure(tmp_path / "gone.tar", "no such file or directory")]
+
+
+def test_captions_in_a_table_with_pictures(index, tmp_path):
+    table, images = tmp_path / "rows.parquet", [picture("red"), picture("lime"), picture("red")]
+    pq.write_table(pa.table({"image": images, "Caption": [["A rose .", "A tulip ."], [], ["A cherry ."]]}), table)
+    index.update([table], progress=False)
+    expected = {"00000000": "A rose . A tulip .", "00000001": None, "00000002": "A cherry ."}
+    assert captions(index, table) == expected
+    assert index.update(progress=False).unchanged == 3
+    numbered = {f"caption_{number}": [text] * 3 for number, text in enumerate(("One .", "Two ."))}
+    pq.write_table(pa.table({"image": images, **numbered}), table)
+    later(table)
+    assert index.update(progress=False).changed == 3
+    assert set(captions(index, table).values()) == {"One . Two ."}
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A table of paths, a row for each caption, beside the pictures: one with a text file."""
+    folder = tmp_path / "named"
+    for colour in ("red", "lime", "blue"):
+        paint(folder / f"{colour}.png", colour)
+    (folder / "red.txt").write_text("Beside it .")
+    paths = ["red.png", "lime.png", "lime.png", "blue.png", "gone.png"]
+    texts = ["In the table .", "Grass .", "A lawn .", None, "Nothing ."]
+    pq.write_table(pa.table({"file_name": paths, "text": texts}), folder / "table.parquet")
+    return folder
+
+
+def test_captions_in_a_table_of_paths(index, named):
+    summary = index.update([named / "table.parquet"], progress=False)
+    assert (summary.added, summary.failures) == (3, [Failure(named / "gone.png", "no such file or directory")])
+    expected = {"red.png": "Beside it .", "lime.png": "Grass . A lawn .", "blue.png": None}
+    assert captions(index, named) == expected
+    assert index.update(progress=False).unchanged == 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_pictures_that_are_listed_and_named_by_a_table(index, named, order):
+    """Whichever is seen last, a caption of the table stays, and what lies beside the picture goes before it."""
+    expected = {"red.png": "Beside it .", "lime.png": "Grass . A lawn .", "blue.png": None}
+    sources = [named / "table.parquet", named]
+    for _ in range(2):
+        for at in order:
+            index.update([sources[at]], progress=False)
+    assert captions(index, named) == expected
+    assert [index.update([source], progress=False).changed for source in sources] == [0, 0]
+    (named / "red.txt").unlink()
+    for _ in range(2):
+        for at in order:
+            index.update([sources[at]], progress=False)
+    assert captions(index, named) == {**expected, "red.png": "In the table ."}
+
+
+def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_path, monkeypatch):
+    """One of fsspec's file systems, in memory; object storage itself is in test_lance_cluster.py."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name, data in [*MEMBERS, ("shard.tar", pack(tmp_path / "shard.tar", MEMBERS).read_bytes())]:
+        memory.pipe_file(f"/captions/photos/{name}", data)
+    folder = absolute("fsspec+memory://captions/photos")
+    asked = []
+    status = remote.status_of
+    monkeypatch.setattr("clipmatch.listing.status_of", lambda path: asked.append(path) or status(path))
+    found = by_name(files_at(folder), folder)
+    assert asked == []
+    assert found.keys() == {*CAPTIONS, "shard.tar"}
+    assert [name for name, item in found.items() if not item.stamp.sidecar] == ["4.png", "shard.tar"]
+    read = {name: read_header(item.path, item.stamp.sidecar > 0) for name, item in found.items() if name in CAPTIONS}
+    assert {name: header.caption for name, header in read.items()} == CAPTIONS
+    inside = by_name(pictures_in(folder / "shard.tar"), folder / "shard.tar")
+    assert {name: read_header(item.path).caption for name, item in inside.items()} == CAPTIONS
+    assert [item.stamp for item in files_at(folder / "0.png")] == [found["0.png"].stamp]
+    memory.pipe_file("/captions/photos/4.txt", b"Night .")
+    again = by_name(files_at(folder), folder)
+    assert [name for name, item in again.items() if item != found[name]] == ["4.png"]
+
+
+def by_name(items, folder):
+    return {item.path.relative_to(folder).as_posix(): item for item in items}
