@@ -224,16 +224,6 @@ def reading_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def making_sense(path: Path | None = None) -> Iterator[None]:
-    """What can't be made of stored values, in one sentence."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        where = f"The index {path}" if path else "The index"
-        raise ClipmatchError(f"{where} is damaged ({error}); delete it and index the folders again.") from error
-
-
 def note(text: str) -> None:
     """A sentence on stderr."""
     import click
