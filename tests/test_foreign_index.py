@@ -309,5 +309,5 @@ def test_rows_to_come_that_make_no_sense(tables, value):
         digests = [photo.digest for photo in index]
     rows = pa.table([digests, [value] * len(digests)], schema=staged_schema("another", len(value)))
     lance.write_dataset(rows, path / "staged.lance")
-    with Index.open(path, ColourEmbedder("another")) as index, pytest.raises(ClipmatchError, match="is damaged"):
-        index.reembed(progress=False)
+    with Index.open(path, ColourEmbedder()) as index, pytest.raises(ClipmatchError, match="is damaged"):
+        index.reembed(ColourEmbedder("another"), progress=False)
