@@ -1,8 +1,10 @@
 """Kills, full and read-only disks, newer and half-written files, several at once: nothing is lost, and it is said."""
 
+import asyncio
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -10,6 +12,8 @@ import sys
 import threading
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -66,6 +70,17 @@ def read_only(disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     yield
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+
+@pytest.fixture
+def seen(disk, tmp_path):
+    """The disk once more, as somebody sees it who can only read it."""
+    place = tmp_path / "seen"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", disk, place], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def clipmatch(*arguments, code=0):
@@ -270,6 +285,75 @@ def test_an_index_that_was_killed_and_can_only_be_read_does_not_hide_what_was_st
         Index.open(copy / "photos.sqlite")
     with Index.open(copy / "photos.sqlite", ColourEmbedder()) as index:
         assert len(index) == 4
+
+
+def test_the_server_goes_on_while_others_change_an_index_that_it_can_only_read(disk, seen, album):
+    index = album.copy(disk).index
+    command = [sys.executable, "-m", "clipmatch.cli", "serve", "--port", "0", "--index", str(seen / index.name)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().split()[-1]
+
+        def ask():
+            asked = Request(f"{address}api/search", b'{"query": "a cat"}', {"Content-Type": "application/json"})
+            with urlopen(asked) as answer:
+                return json.load(answer)["searched"]
+
+        assert ask() == 10
+        clipmatch("index", "--remove", album.folder / "trip", "--index", index)
+        assert ask() == 9
+        with Index.open(disk / "other.sqlite") as other:
+            other.update([album.folder / "trip"], progress=False)
+        shutil.copy(disk / "other.sqlite", index)  # onto it, and not in its place
+        assert ask() == 1
+        Path(shutil.copy(album.index, disk / "again.sqlite")).rename(index)
+        assert ask() == 10
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_an_answer_is_of_one_moment_though_the_index_changes_meanwhile_and_can_only_be_read(disk, seen, photos):
+    """Read as one that does not change, it would look damaged, or be half of each."""
+    path = disk / "photos.sqlite"
+    with Index.open(path, ColourEmbedder()) as index:
+        for number in range(200):
+            paint(photos / f"{number:04}.png", (number, 9, 9))
+        index.update([photos], progress=False)
+    counted = []
+
+    def question(index):
+        found = index.store.photos()
+        first = next(found)
+        if not counted:
+            with Index.open(path, ColourEmbedder()) as other:
+                for number in range(200):
+                    (photos / f"{number:04}.png").unlink()
+                other.update(progress=False)
+                other.store._db.execute("VACUUM")
+        counted.append(1)
+        return [first, *found]
+
+    asked = desk.Desk(seen / path.name, SimpleNamespace(embedder=ColourEmbedder()))
+    try:
+        names = {photo.path.name for _, photo in asyncio.run(asked.ask(question))}
+    finally:
+        asked.close()
+    assert (names, len(counted)) == ({"red.png", "orange.png", "green.png", "blue.png"}, 2)
+
+
+def test_an_index_that_another_is_copied_onto(photos, tmp_path):
+    """Unlike one that is moved there it is the same file, of which SQLite still knows parts."""
+    path = tmp_path / "photos.sqlite"
+    one = paint(tmp_path / "one" / "blue.png", (0, 0, 255)).parent
+    for name, folder in (("photos", photos), ("other", one)):
+        with Index.open(tmp_path / f"{name}.sqlite", ColourEmbedder()) as index:
+            index.update([folder], progress=False)
+    with TestClient(server.make_app(path, ColourEmbedder()), base_url="http://127.0.0.1:8765") as client:
+        assert client.get("/api/status").json()["photos"] == 4
+        shutil.copy(tmp_path / "other.sqlite", path)
+        assert client.get("/api/status").json()["photos"] == 1
+        assert [match["name"] for match in client.post("/api/browse", json={}).json()["matches"]] == ["blue.png"]
 
 
 def test_a_full_disk_leaves_the_plan_of_a_run(disk, scenes):

@@ -481,6 +481,34 @@ def test_the_end_is_orderly(shared, tmp_path):
             os.kill(pid, 0)
 
 
+@pytest.mark.parametrize(("signals", "most"), [(1, 6), (2, 3)])
+def test_the_end_does_not_wait_for_a_long_question(shared, signals, most):
+    """Three seconds and a little; after a second Ctrl-C none."""
+    slow = "import time, clipmatch.index; clipmatch.index.Index.duplicates = lambda self: time.sleep(60)"
+    code = f"{slow}; from clipmatch.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--index", shared.with_suffix(".sqlite")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        host = urlsplit(process.stdout.readline().split()[-1]).netloc
+        asked = http.client.HTTPConnection(host, timeout=20)
+        asked.request("GET", "/api/photos/1/thumb")
+        asked.getresponse().read()
+        asked.request("GET", "/api/duplicates")
+        time.sleep(0.5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        below = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        start = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        _, errors = process.communicate(timeout=20)
+        took = time.monotonic() - start
+    assert (process.returncode, took < most) == (0, True), took
+    assert "Traceback" not in errors
+    for pid in below:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_decoders_take_no_modules_from_where_the_server_is_started(tmp_path, monkeypatch):
     for name in ("numpy", "PIL", "queue"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")

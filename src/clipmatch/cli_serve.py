@@ -9,9 +9,11 @@ import contextlib
 import errno
 import importlib.util
 import ipaddress
+import os
 import secrets
 import shlex
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +24,8 @@ from clipmatch.output import printable
 from clipmatch.storage import default_index, exists, open_store, place_of
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from clipmatch.exposure import Exposure
     from clipmatch.store import Root
     from clipmatch.studio import Studio
@@ -96,6 +100,19 @@ def serve_command(
             click.launch(address)
         with contextlib.suppress(KeyboardInterrupt):  # which is how it is meant to end
             server_of(app).run(sockets=[server])
+        leave(app)
+
+
+def leave(app: FastAPI) -> None:
+    """End the process, also while a long question to the index is under way.
+
+    Such a question only reads; and should it keep a concept, that is one transaction, which is there or not.
+    """
+    service = getattr(app.state, "service", None)  # there is none if the start failed
+    if service is not None and not service.close():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def exposure_of(index_file: str | None, show: tuple[str, ...], originals: bool) -> Exposure:

@@ -5,14 +5,16 @@ nothing of addresses or of the form of answers.
 
 SQLite's connections belong to threads, so the index is open in two of them that share the model: one answers, the other
 does what may take long. The index may change meanwhile: each question sees it as it is then. If it changes over to
-another model, the server follows; if another file takes its place, that is opened.
+another model, the server follows; if another file takes its place, or is copied onto it, that is opened. One that can't
+be written here is read as a file that nobody changes (storefile.py); if somebody does, while a question is answered,
+it is asked once more.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
@@ -34,6 +36,9 @@ Result = TypeVar("Result")
 
 GONE, LEFT, BUSY = 404, 499, 503
 CHANGED = "The index was changed over to another model just now; ask again."
+UNSTEADY = "The index is being changed by another computer or program; ask again."
+LEAVE = 0.5  # seconds that a question which has begun may still take, once nobody waits for its answer
+TRIES = 3  # that a question has, if the index changes each time
 WAITING = 400  # questions that wait for one thread, or pictures for their turn; one more is told to come again
 
 
@@ -46,6 +51,7 @@ class Desk:
         self._index: Index | None = None
         self._file: tuple[int, ...] | None = None
         self._waiting = 0
+        self._closing: Future[None] | None = None
 
     async def ask(self, question: Callable[[Index], Result]) -> Result:
         """What the index answers. Raises HTTPException if a photograph is not, or no longer, in it, or many wait."""
@@ -58,7 +64,19 @@ class Desk:
             self._waiting -= 1
 
     def _answer(self, question: Callable[[Index], Result]) -> Result:
-        index = self._opened()
+        for _ in range(TRIES):
+            index = self._opened()
+            try:
+                answer = self._asked(index, question)
+            except (ClipmatchError, HTTPException):
+                if self._holds(index):
+                    raise
+            else:
+                if self._holds(index):
+                    return answer
+        raise ClipmatchError(UNSTEADY)
+
+    def _asked(self, index: Index, question: Callable[[Index], Result]) -> Result:
         try:
             return question(index)
         except OtherModel as error:
@@ -68,18 +86,22 @@ class Desk:
         except KeyError as error:
             raise HTTPException(GONE, f"{error.args[0]!r} is not in the index; it may have changed.") from error
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._thread.submit(self._close)
-        self._thread.shutdown()
+    def close(self, patience: float = LEAVE) -> bool:
+        """Let go of the file once the question that has begun is answered -> whether it was within so many seconds."""
+        if self._closing is None:
+            self._closing = self._thread.submit(self._close)
+            self._thread.shutdown(wait=False)
+        return not wait([self._closing], patience).not_done
+
+    def _holds(self, index: Index) -> bool:
+        """Whether what was read is of one moment: SQLite sees to that, unless it takes the file for unchanging."""
+        return not index.store.unchanging or file_at(self._path) == self._file
 
     def _opened(self) -> Index:
         """The index that lies there now: to go on with one that was moved away or replaced could damage it."""
         file = file_at(self._path)
-        if self._index is not None and file != self._file:
-            replaced = file is None or self._file is None or file[:2] != self._file[:2]
-            if replaced or self._index.store.unchanging:
-                self._close()
+        if file != self._file:
+            self._close()
         if self._index is None:
             self._index, self._file = Index.open(self._path, self._service.embedder, create=False), file
         return self._index
@@ -121,13 +143,16 @@ class Service:
         finally:
             self._waiting -= 1
 
-    def close(self) -> None:
-        """Let go of the files, and of what is under way."""
+    def close(self) -> bool:
+        """Let go of the files, and of what is under way -> whether all has ended; else a thread reads on for a while.
+
+        May be called again.
+        """
         self.decoders.close()
-        self.desk.close()
-        self.back.close()
+        ended = [desk.close() for desk in (self.desk, self.back)]
         if self.studio is not None:
             self.studio.close()
+        return all(ended)
 
 
 def file_at(path: Path | str) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ page can send. Whoever asks too much or too slowly is put off (limits.py).
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from urllib.parse import urlsplit
@@ -68,8 +69,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -85,6 +90,9 @@ class Guard:
             await self.app(scope, hurried(receive), send_with_headers)
         except NotTaken:  # without its end the answer ends with the connection
             pass
+        except asyncio.CancelledError:  # by the server, whose end does not wait for this
+            if not begun:
+                await refuse(503, "The server has ended.")(scope, receive, send_with_headers)
         finally:
             self.in_flight -= size
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from clipmatch.errors import own_version
 from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.sanity import check_photo, check_rows, require
 from clipmatch.store import MOST, Filter, ModelName
 
 FORMAT = "clipmatch"  # key of a table's metadata: the version of what follows
@@ -65,6 +66,9 @@ CONCEPTS = pa.schema(
         ("precision", pa.float64()),
     ]
 )
+SMALL = {"roots": ROOTS, "failures": FAILURES, "concepts": CONCEPTS}
+STAGED = "staged"
+NULLABLE = {"taken", "latitude", "longitude", "camera", "caption", "precision"}  # all other columns have values
 
 
 def photos_schema(model: ModelName) -> pa.Schema:
@@ -99,6 +103,31 @@ def staged_schema(model: str, dim: int) -> pa.Schema:
     """The columns of rows by contents, of a model that the index is changing over to."""
     columns = [pa.field("digest", pa.string(), False, KEY), ("vector", pa.list_(pa.float32(), dim))]
     return pa.schema(columns, {MODEL: model})
+
+
+def check_form(name: str, schema: pa.Schema) -> None:
+    """Raise ValueError and its like unless a table is of the form that it has in an index."""
+    about = schema.metadata or {}
+    if name == "photos":
+        expected = photos_schema(ModelName.of_json(about[MODEL.encode()]))
+    elif name == STAGED:
+        expected = staged_schema(about[MODEL.encode()].decode(), schema.field("vector").type.list_size)
+    else:
+        expected = SMALL[name]
+    require(about.keys() == (expected.metadata or {}).keys(), f"what the table {name} says of itself is not all there")
+    require(schema.equals(expected), f"the table {name} has other columns")
+
+
+def strange(schema: pa.Schema) -> list[str]:
+    """What the metadata of a table hold beyond ours: LanceDB would run models that they name, when rows are written."""
+    own = {key.encode() for key in (FORMAT, NEEDS, MODEL, TOKEN)}
+    return [key.decode(errors="replace") for key in sorted((schema.metadata or {}).keys() - own)]
+
+
+def check_values(rows: pa.Table | pa.RecordBatch) -> None:
+    """Raise ValueError if a value is missing."""
+    for name in rows.schema.names:
+        require(name in NULLABLE or not rows[name].null_count, f"a {name} is missing")
 
 
 def number_of(path: Path) -> int:
@@ -149,7 +178,7 @@ def photo_of(values: Mapping[str, Any]) -> Photo:
     """The values of the columns `PHOTO` -> a photograph."""
     metadata = Metadata(*(values[name] for name in PHOTO[5:12]))
     stamp = Stamp(values["size"], values["mtime"], values["sidecar"])
-    return Photo(path_of(values["path"]), values["digest"], stamp, metadata, values["picture_hash"])
+    return check_photo(Photo(path_of(values["path"]), values["digest"], stamp, metadata, values["picture_hash"]))
 
 
 def moment_of(stamp: Stamp) -> datetime | None:
@@ -161,10 +190,11 @@ def moment_of(stamp: Stamp) -> datetime | None:
 
 
 def rows_in(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A column of rows -> [n, d]."""
+    """A column of rows -> [n, d]. Raises ValueError if they are no unit rows."""
     width = column.type.list_size
+    require(not column.null_count, "a vector is missing")
     parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+    return check_rows(np.concatenate(parts)) if parts else np.empty((0, width), np.float32)
 
 
 # Text

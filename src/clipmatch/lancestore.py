@@ -43,10 +43,14 @@ from clipmatch.lancerows import (
     NEEDS,
     PHOTO,
     ROOTS,
+    SMALL,
+    STAGED,
     TOKEN,
     VERSION,
     among,
     below,
+    check_form,
+    check_values,
     condition_of,
     number_of,
     path_of,
@@ -55,10 +59,12 @@ from clipmatch.lancerows import (
     photos_table,
     rows_in,
     staged_schema,
+    strange,
     text_of,
 )
 from clipmatch.photo import Photo, Stamp
 from clipmatch.runtime import cache_folder
+from clipmatch.sanity import check_concept, check_failure, check_path, making_sense, require
 from clipmatch.store import Filter, ModelName, Root
 from clipmatch.storefile import one_writer
 from clipmatch.teaching import Concept
@@ -70,8 +76,6 @@ if TYPE_CHECKING:
 TRIES = 3  # numbers that a photograph may have, if others have the first
 PART = 10_000  # values in one condition
 KEPT = timedelta(minutes=10)  # for which a version stays that someone may be reading
-SMALL = {"roots": ROOTS, "failures": FAILURES, "concepts": CONCEPTS}
-STAGED = "staged"
 
 
 class LanceStore:
@@ -100,12 +104,15 @@ class LanceStore:
                     raise no_index(path)
                 for name in reversed(SMALL):  # by "roots", the last, an index is known
                     store._db.create_table(name, schema=SMALL[name], exist_ok=True)
-            found = (store._table("roots").schema.metadata or {}).get(FORMAT.encode())
-        if found is None:
+            roots = store._db.open_table("roots")
+            about = roots.schema.metadata or {}
+        if FORMAT.encode() not in about:
             raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
-        if int(found) > int(VERSION):
-            needs = store._table("roots").schema.metadata.get(NEEDS.encode(), b"").decode()
-            raise newer(f"The index {path}", needs)
+        with making_sense(path):
+            version = int(about[FORMAT.encode()])
+        if version > int(VERSION):
+            raise newer(f"The index {path}", about.get(NEEDS.encode(), b"").decode(errors="replace"))
+        store._keep("roots", roots)
         return store
 
     def __enter__(self) -> LanceStore:
@@ -150,12 +157,21 @@ class LanceStore:
                     table.checkout_latest()
                 return table
             try:
-                self._tables[name] = self._db.open_table(name)
+                return self._keep(name, self._db.open_table(name))
             except (ValueError, FileNotFoundError) as error:
                 if "not found" not in str(error):
                     raise
                 return None
-            return self._tables[name]
+
+    def _keep(self, name: str, table: Any) -> Any:
+        """A table that was opened just now. Raises ClipmatchError unless it is of the form that it has in an index."""
+        schema = table.schema
+        if more := strange(schema):
+            raise ClipmatchError(f"The index {self.path} holds {more[0]!r}, which no index has; don't use it.")
+        with making_sense(self.path):
+            check_form(name, schema)
+        self._tables[name] = table
+        return table
 
     def _read(self, name: str, columns: Sequence[str], condition: str = "") -> pa.Table:
         """The rows of a table that fulfil a condition; None where there is no table."""
@@ -164,10 +180,14 @@ class LanceStore:
             return pa.table({column: [] for column in columns})
         with reading_errors(self.path):
             question = table.search().select(list(columns)).limit(None)
-            return (question.where(condition) if condition else question).to_arrow()
+            rows = (question.where(condition) if condition else question).to_arrow()
+        with making_sense(self.path):
+            check_values(rows)
+        return rows
 
     def _rows(self, name: str, columns: Sequence[str], condition: str = "") -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._read(name, columns, condition).to_pylist()
+        with making_sense(self.path):  # days that no calendar has
+            found: list[dict[str, Any]] = self._read(name, columns, condition).to_pylist()
         return found
 
     def _found(self, column: str, values: Iterable[int | str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -204,13 +224,15 @@ class LanceStore:
     def model(self) -> ModelName | None:
         """The model that it is bound to; None while it is empty."""
         value = self._about.get(MODEL.encode())
-        return ModelName(**json.loads(value)) if value else None
+        with making_sense(self.path):
+            return ModelName.of_json(value) if value else None
 
     @property
     def content(self) -> str:
         """A token that every write changes; "" for an empty store."""
         about = self._about
-        return f"{about[TOKEN.encode()].decode()}-{self._tables['photos'].version}" if about else ""
+        with making_sense(self.path):
+            return f"{about[TOKEN.encode()].decode()}-{self._tables['photos'].version}" if about else ""
 
     def bind(self, model: ModelName) -> None:
         """Take the rows of `model` from now on: those that were stored for it, by content, are put in their places."""
@@ -225,6 +247,8 @@ class LanceStore:
                 del self._tables["photos"]
                 return
             else:
+                with making_sense(self.path):
+                    self._check_staged(model)
                 schema = photos_schema(model)
                 changed = pa.RecordBatchReader.from_batches(schema, self._changed(model.fingerprint, schema))
                 self._db.create_table("photos", data=changed, schema=schema, mode="overwrite")
@@ -233,6 +257,12 @@ class LanceStore:
             self._tables.pop(STAGED, None)
             self._tables.pop("photos", None)
             self._make_indexes()
+
+    def _check_staged(self, model: ModelName) -> None:
+        """Raise ValueError if the rows by the model to come are of another length than its own."""
+        staged = self._staged_for(model.fingerprint)
+        same = staged is None or staged.schema.field("vector").type.list_size == model.dim
+        require(same, "a vector is of another length")
 
     def _changed(self, model: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All photographs with their rows by the model to come; those without one are left out."""
@@ -259,7 +289,8 @@ class LanceStore:
     def roots(self) -> list[Root]:
         """The folders that it keeps up with."""
         rows = self._rows("roots", ROOTS.names)
-        found = [Root(path_of(row["path"]), tuple(row["exclude"]), row["follow_links"]) for row in rows]
+        with making_sense(self.path):
+            found = [Root(path_of(row["path"]), tuple(row["exclude"]), row["follow_links"]) for row in rows]
         return sorted(found, key=lambda root: os.fsencode(root.path))
 
     def add_root(self, root: Root) -> None:
@@ -307,7 +338,8 @@ class LanceStore:
 
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
-        return {row["digest"]: photo_of(row) for row in self._found("digest", digests, PHOTO)}
+        with making_sense(self.path):
+            return {row["digest"]: photo_of(row) for row in self._found("digest", digests, PHOTO)}
 
     def not_embedded(self, model: str) -> list[Photo]:
         """A photograph of each content that has no row by the model with that fingerprint."""
@@ -327,24 +359,26 @@ class LanceStore:
 
     def vector(self, digest: str) -> NDArray[np.float32] | None:
         """The unit row [d] of a content; None if there is none."""
-        return self._vectors([digest]).get(digest)
+        return self._vectors("digest", [digest]).get(digest)
 
-    def _vectors(self, digests: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        return {
-            row["digest"]: np.array(row["vector"], np.float32)
-            for row in self._found("digest", digests, ("digest", "vector"))
-        }
+    def _vectors(self, key: str, values: Iterable[Any], name: str = "photos") -> dict[Any, NDArray[np.float32]]:
+        """By the values of a column, those that are there: the unit rows [d] beside them."""
+        found: dict[Any, NDArray[np.float32]] = {}
+        for part in in_parts(values):
+            rows = self._read(name, (key, "vector"), among(key, part))
+            if len(rows):
+                with making_sense(self.path):
+                    found.update(zip(rows[key].to_pylist(), rows_in(rows["vector"]), strict=True))
+        return found
 
     def _staged(self, model: str, digests: Iterable[str]) -> dict[str, NDArray[np.float32]]:
         """Rows by content of a model that the index is changing over to."""
+        return {} if self._staged_for(model) is None else self._vectors("digest", digests, STAGED)
+
+    def _staged_for(self, model: str) -> Any:
+        """The table of rows by a model that the index is changing over to; None if there is none, or of another one."""
         table = self._table(STAGED)
-        if table is None or (table.schema.metadata or {}).get(MODEL.encode()) != model.encode():
-            return {}
-        found = {}
-        for part in in_parts(digests):
-            for row in self._rows(STAGED, ("digest", "vector"), among("digest", part)):
-                found[row["digest"]] = np.array(row["vector"], np.float32)
-        return found
+        return None if table is None or table.schema.metadata[MODEL.encode()] != model.encode() else table
 
     def upsert(
         self,
@@ -359,7 +393,7 @@ class LanceStore:
             self._stage(model, rows)
         elif photos:
             numbers = self._numbers_for([photo.path for photo in photos])
-            vectors = {**rows, **self._vectors({photo.digest for photo in photos} - rows.keys())}
+            vectors = {**rows, **self._vectors("digest", {photo.digest for photo in photos} - rows.keys())}
             schema = self._table("photos").schema
             self._merge("photos", "id", photos_table(photos, numbers, vectors, schema))
         self._forget_failures(photo.path for photo in photos)
@@ -373,11 +407,10 @@ class LanceStore:
     def _stage(self, model: str, rows: Mapping[str, NDArray[np.float32]]) -> None:
         if not rows:
             return
-        table, dim = self._table(STAGED), len(next(iter(rows.values())))
-        schema = staged_schema(model, dim)
-        if table is None or (table.schema.metadata or {}).get(MODEL.encode()) != model.encode():
+        schema = staged_schema(model, len(next(iter(rows.values()))))
+        if self._staged_for(model) is None:
             with reading_errors(self.path):
-                if table is not None:  # an earlier change, to yet another model, was given up
+                if STAGED in self._tables:  # an earlier change, to yet another model, was given up
                     self._db.drop_table(STAGED)
                 self._tables[STAGED] = self._db.create_table(STAGED, schema=schema)
         vectors = pa.array([row.astype(np.float32) for row in rows.values()], schema.field("vector").type)
@@ -404,8 +437,9 @@ class LanceStore:
             return
         with reading_errors(self.path):
             for batch in table.search().select(["id", *PHOTO]).limit(None).to_batches(PART):
-                for row in batch.to_pylist():
-                    yield row["id"], photo_of(row)
+                with making_sense(self.path):
+                    found = [(row["id"], photo_of(row)) for row in batch.to_pylist()]
+                yield from found
 
     def photo(self, number: int) -> Photo:
         """The photograph with a number. Raises KeyError if it is gone."""
@@ -414,7 +448,8 @@ class LanceStore:
     def photos_of(self, numbers: Iterable[int]) -> list[Photo]:
         """The photographs with these numbers, in their order. Raises KeyError if one is gone."""
         listed = [int(number) for number in numbers]
-        found = {row["id"]: photo_of(row) for row in self._found("id", set(listed), ("id", *PHOTO))}
+        with making_sense(self.path):
+            found = {row["id"]: photo_of(row) for row in self._found("id", set(listed), ("id", *PHOTO))}
         return [found[number] for number in listed]
 
     # Numbers
@@ -476,18 +511,21 @@ class LanceStore:
         with self.snapshot():
             if model is None:
                 return self.content, np.empty(0, np.int64), np.empty((0, 0), np.float32)
-            numbers, rows = rows_by_number(self._read("photos", ("id", "vector")))
-            return self.content, numbers, rows
+            return self.content, *self.rows_where("")
 
     def rows_where(self, condition: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Numbers [n] (rising) and unit rows [n, d] of the photographs that fulfil a condition."""
-        return rows_by_number(self._read("photos", ("id", "vector"), condition))
+        return self._numbered(self._read("photos", ("id", "vector"), condition))
+
+    def _numbered(self, found: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        with making_sense(self.path):
+            return rows_by_number(found)
 
     def rows_at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The same of those at some places in the table."""
         with reading_errors(self.path):
             question = self._table("photos").take_offsets(places.tolist()).select(["id", "vector"])
-            return rows_by_number(question.to_arrow())
+            return self._numbered(question.to_arrow())
 
     def nearest(
         self, row: NDArray[np.float32], most: int, condition: str, probes: int | None, refine: int
@@ -507,7 +545,7 @@ class LanceStore:
                 question = question.maximum_nprobes(0).refine_factor(refine)
             if condition:
                 question = question.where(condition, prefilter=True)
-            return rows_by_number(question.select(["id", "vector", "_distance"]).to_arrow())
+            return self._numbered(question.select(["id", "vector", "_distance"]).to_arrow())
 
     def named(self, text: str, most: int) -> list[int]:
         """The numbers of photographs whose name or caption has words of `text`, best first (BM25)."""
@@ -522,9 +560,7 @@ class LanceStore:
     def rows_of(self, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
         """The unit rows [d] of photographs, by their paths; of those that are there."""
         known = {number: path for path, number in self.numbers_of(paths).items()}
-        return {
-            known[row["id"]]: np.array(row["vector"], np.float32) for row in self._found("id", known, ("id", "vector"))
-        }
+        return {known[number]: row for number, row in self._vectors("id", known).items()}
 
     def tally(self) -> dict[str, Any]:
         """How many photographs, bytes and captions there are, and how many of each year, camera and file format."""
@@ -552,11 +588,13 @@ class LanceStore:
 
     def concepts(self) -> dict[str, tuple[str, Concept]]:
         """By name, in the order of names: the fingerprint of the model that each was taught to, and the concept."""
-        found = {}
+        found, bound = {}, self.model
         for row in sorted(self._rows("concepts", CONCEPTS.names), key=lambda row: str(row["key"])):
-            examples, others = (tuple(map(path_of, row[name])) for name in ("examples", "others"))
-            values = np.array(row["row"], np.float32)
-            found[row["name"]] = (row["model"], Concept(row["name"], values, examples, others, row["precision"]))
+            with making_sense(self.path):
+                examples, others = (tuple(map(path_of, row[name])) for name in ("examples", "others"))
+                concept = Concept(row["name"], np.array(row["row"], np.float32), examples, others, row["precision"])
+                width = bound.dim if bound and bound.fingerprint == row["model"] else None
+                found[row["name"]] = check_concept(row["model"], concept, width)
         return found
 
     def keep_concept(self, model: str, concept: Concept) -> None:
@@ -597,7 +635,8 @@ class LanceStore:
     def broken(self, condition: str = "") -> dict[Path, tuple[Stamp, str]]:
         """By path: their stamps, and the reasons."""
         rows = sorted(self._rows("failures", FAILURES.names, condition), key=lambda row: str(row["path"]))
-        return {path_of(row["path"]): (stamp_of(row), row["reason"]) for row in rows}
+        with making_sense(self.path):
+            return {check_path(path_of(row["path"])): check_failure(stamp_of(row), row["reason"]) for row in rows}
 
     def failures(self) -> list[Failure]:
         """The same, for people."""
@@ -619,18 +658,20 @@ class LanceStore:
         if table is not None:
             with reading_errors(self.path):
                 for batch in table.search().select(["path"]).where(condition).limit(None).to_batches(PART):
-                    yield from map(path_of, batch["path"].to_pylist())
+                    with making_sense(self.path):
+                        found = list(map(path_of, batch["path"].to_pylist()))
+                    yield from found
 
     def tidy(self) -> None:
         """After an update: indexes of the new rows, small files made large ones, and old versions removed.
 
         Also what `bind` has left to do where it was killed.
         """
-        photos, staged, bound = self._table("photos"), self._table(STAGED), self.model
+        photos, bound = self._table("photos"), self.model
         if photos is None or bound is None:
             return
         with reading_errors(self.path):
-            if staged is not None and (staged.schema.metadata or {}).get(MODEL.encode()) == bound.fingerprint.encode():
+            if self._staged_for(bound.fingerprint) is not None:
                 self._db.drop_table(STAGED)
                 del self._tables[STAGED]
             self._make_indexes()

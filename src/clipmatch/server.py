@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import mimetypes
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -102,6 +103,16 @@ def make_app(
     return app
 
 
+class OrderlyServer(uvicorn.Server):
+    """Uvicorn's, which lets go of the index after a second Ctrl-C too."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take nothing new, give what is under way its time, and end."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+
 def server_of(app: FastAPI) -> uvicorn.Server:
     """What serves it, with limits on connections and on the time that they take."""
     config = uvicorn.Config(
@@ -114,7 +125,7 @@ def server_of(app: FastAPI) -> uvicorn.Server:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=PARTING,
     )
-    return uvicorn.Server(config)
+    return OrderlyServer(config)
 
 
 # Errors: {"detail": a sentence} --------------------------------------------------------------------------------------

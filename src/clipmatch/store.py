@@ -31,7 +31,17 @@ from numpy.typing import NDArray
 from clipmatch.config import MAX_DIM
 from clipmatch.errors import ClipmatchError, Failure, unwritable
 from clipmatch.photo import Metadata, Photo, Stamp
-from clipmatch.storefile import all_or_nothing, making_sense, one_writer, open_file, reading_errors
+from clipmatch.sanity import (
+    check_concept,
+    check_failure,
+    check_labels,
+    check_path,
+    check_photo,
+    check_rows,
+    making_sense,
+    require,
+)
+from clipmatch.storefile import all_or_nothing, one_writer, open_file, reading_errors
 from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
@@ -51,6 +61,14 @@ class ModelName:
     dim: int
     name: str | None = None
 
+    @classmethod
+    def of_json(cls, text: str | bytes) -> ModelName:
+        """What an index says of it. Raises ValueError and its like for what makes no sense."""
+        found = cls(**json.loads(text))
+        require(isinstance(found.fingerprint, str) and isinstance(found.name, str | None), "its model is none")
+        require(isinstance(found.dim, int) and 0 < found.dim <= MAX_DIM, f"vectors of {found.dim!r} numbers")
+        return found
+
 
 @dataclass(frozen=True)
 class Root:
@@ -59,6 +77,11 @@ class Root:
     path: Path
     exclude: tuple[str, ...] = ()
     follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what an index may say, but no folder is."""
+        check_path(self.path)
+        require(all(isinstance(name, str) for name in self.exclude), "a pattern is no text")
 
 
 @dataclass(frozen=True)
@@ -178,10 +201,7 @@ class Store:
         """The model that it is bound to; None while it is empty."""
         value = self._get("model")
         with making_sense(self.path):
-            found = ModelName(**json.loads(value)) if value else None
-            if found and not (isinstance(found.dim, int) and 0 < found.dim <= MAX_DIM):
-                raise ValueError(f"vectors of {found.dim!r} numbers")
-        return found
+            return ModelName.of_json(value) if value else None
 
     def bind(self, model: ModelName) -> None:
         """Take the vectors of `model` from now on, and drop those of any other."""
@@ -235,10 +255,10 @@ class Store:
     def stamps(self, root: Path) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
         """Below a folder: the stamps of its photographs, and stamps and reasons of files that could not be used."""
         condition, values = below(root)
-        good = self._read(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values)
-        known = {Path(os.fsdecode(path)): Stamp(*stamp) for path, *stamp in good}
-        bad = self._read(f"SELECT path, size, mtime, sidecar, reason FROM failures WHERE {condition}", values)
-        return known, {Path(os.fsdecode(path)): (Stamp(*stamp), reason) for path, *stamp, reason in bad}
+        good = list(self._read(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values))
+        with making_sense(self.path):
+            known = {Path(os.fsdecode(path)): Stamp(*stamp) for path, *stamp in good}
+        return known, self.broken(condition, values)
 
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
@@ -353,18 +373,21 @@ class Store:
         """How many photographs, bytes and captions there are, and how many of each year, camera and file format."""
         photos, size, captions = next(self._read("SELECT count(*), total(size), count(caption) FROM photos"))
         formats: dict[str, int] = {}
-        for (name,) in self._read("SELECT name FROM photos"):
-            form = Path(name).suffix.lower().removeprefix(".")
-            formats[form] = formats.get(form, 0) + 1
         count = "SELECT {0}, count(*) FROM photos WHERE {0} IS NOT NULL GROUP BY 1 ORDER BY {1}"
-        return {
-            "photos": photos,
-            "bytes": int(size),
-            "captions": captions,
-            "years": list(self._read(count.format("substr(taken, 1, 4)", "1"))),
-            "cameras": list(self._read(count.format("camera", "2 DESC, 1"))),
-            "formats": sorted(formats.items(), key=lambda pair: -pair[1]),
-        }
+        years = list(self._read(count.format("substr(taken, 1, 4)", "1")))
+        cameras = list(self._read(count.format("camera", "2 DESC, 1")))
+        with making_sense(self.path), closing(self._read("SELECT name FROM photos")) as names:
+            for (name,) in names:
+                form = Path(name).suffix.lower().removeprefix(".")
+                formats[form] = formats.get(form, 0) + 1
+            return {
+                "photos": photos,
+                "bytes": int(size),
+                "captions": captions,
+                "years": check_labels(years),
+                "cameras": check_labels(cameras),
+                "formats": sorted(formats.items(), key=lambda pair: -pair[1]),
+            }
 
     def count(self, where: Filter) -> int:
         """How many photographs pass."""
@@ -383,7 +406,8 @@ class Store:
         """The picture hashes [n] of photographs, by their numbers."""
         question = "SELECT picture_hash FROM photos WHERE id = ?"
         found = [next(self._read(question, (number,)), None) for number in numbers.tolist()]
-        return np.array([row[0] if row else 0 for row in found], np.int64).view(np.uint64)
+        with making_sense(self.path):
+            return np.array([row[0] if row else 0 for row in found], np.int64).view(np.uint64)
 
     def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
         """The content token, and numbers [n] (rising) and unit rows [n, d] of all photographs, of one moment."""
@@ -398,10 +422,11 @@ class Store:
             )
             place = 0
             with closing(found), making_sense(self.path):
+                length = 4 * rows.shape[1]
                 for place, (number, row) in enumerate(found, 1):
+                    require(len(row) == length, "a vector is of another length")  # one number would fill its row
                     numbers[place - 1], rows[place - 1] = number, np.frombuffer(row, "<f4")
-                if not np.isfinite(rows[:place]).all():
-                    raise ValueError("a vector is not finite")
+                check_rows(rows[:place])
         return content, numbers[:place], rows[:place]
 
     def named(self, text: str, most: int) -> list[int]:
@@ -429,21 +454,21 @@ class Store:
         """A stored row [d]."""
         with making_sense(self.path):
             row = np.frombuffer(data, "<f4")
-            if row.shape != (dim,) or not np.isfinite(row).all():
-                raise ValueError("a vector is of another length, or not finite")
-        return row
+            require(row.shape == (dim,), "a vector is of another length")
+            return check_rows(row)
 
     # Concepts
 
     def concepts(self) -> dict[str, tuple[str, Concept]]:
         """By name, in the order of names: the fingerprint of the model that each was taught to, and the concept."""
-        found = {}
+        found, bound = {}, self.model
         for name, model, row, *files, precision in self._read(
             "SELECT name, model, row, examples, others, precision FROM concepts ORDER BY name"
         ):
             with making_sense(self.path):
                 examples, others = (tuple(map(Path, json.loads(listed))) for listed in files)
-                found[str(name)] = (model, Concept(name, np.frombuffer(row, "<f4"), examples, others, precision))
+                concept = Concept(name, np.frombuffer(row, "<f4"), examples, others, precision)
+                found[name] = check_concept(model, concept, bound.dim if bound and bound.fingerprint == model else None)
         return found
 
     def keep_concept(self, model: str, concept: Concept) -> None:
@@ -472,10 +497,15 @@ class Store:
 
     # Files that could not be used
 
-    def broken(self) -> dict[Path, tuple[Stamp, str]]:
+    def broken(self, condition: str = "1", values: Sequence[Any] = ()) -> dict[Path, tuple[Stamp, str]]:
         """By path: their stamps, and the reasons."""
-        rows = self._read("SELECT path, size, mtime, sidecar, reason FROM failures ORDER BY path")
-        return {Path(os.fsdecode(path)): (Stamp(*stamp), reason) for path, *stamp, reason in rows}
+        question = f"SELECT path, size, mtime, sidecar, reason FROM failures WHERE {condition} ORDER BY path"
+        rows = list(self._read(question, values))
+        with making_sense(self.path):
+            return {
+                check_path(Path(os.fsdecode(path))): check_failure(Stamp(*stamp), reason)
+                for path, *stamp, reason in rows
+            }
 
     def failures(self) -> list[Failure]:
         """The same, for people."""
@@ -514,6 +544,8 @@ class Store:
 
     def _get(self, name: str) -> str | None:
         row = next(self._read("SELECT value FROM about WHERE name = ?", (name,)), None)
+        with making_sense(self.path):
+            require(row is None or isinstance(row[0], str), f"its {name} is no text")
         return row[0] if row else None
 
     def _set(self, name: str, value: str) -> None:
@@ -546,11 +578,12 @@ def photo_of(row: Sequence[Any]) -> Photo:
     """The values of `COLUMNS` -> a photograph."""
     path, _, digest, size, mtime, sidecar, width, height, taken, latitude, longitude, camera, caption, signed = row
     with making_sense():
-        if not all(isinstance(value, kind) for value, kind in zip(row, KINDS, strict=True)):
-            raise ValueError("a value is of another kind")
+        kinds = zip(row, KINDS, strict=True)
+        require(all(isinstance(value, kind) for value, kind in kinds), "a value is of another kind")
         moment = datetime.fromisoformat(taken) if taken else None
         metadata = Metadata(width, height, moment, latitude, longitude, camera, caption)
-        return Photo(Path(os.fsdecode(path)), digest.hex(), Stamp(size, mtime, sidecar), metadata, signed % (1 << 64))
+        stamp = Stamp(size, mtime, sidecar)
+        return check_photo(Photo(Path(os.fsdecode(path)), digest.hex(), stamp, metadata, signed % (1 << 64)))
 
 
 class OtherModel(ClipmatchError):

@@ -194,7 +194,9 @@ def one_writer(path: Path, wait: bool) -> Iterator[None]:
     except Timeout:
         if not wait:
             raise ClipmatchError(f"Another clipmatch is writing the index {path}; try again later.") from None
-        note(f"Another clipmatch is writing the index {path}; waiting for it.")
+        import click
+
+        click.echo(f"Another clipmatch is writing the index {path}; waiting for it.", err=True)
         lock.acquire()
     except OSError as error:
         raise unwritable(f"The index {path}", error, "name one in a folder of yours with --index") from error
@@ -222,20 +224,3 @@ def reading_errors(path: Path) -> Iterator[None]:
         raise ClipmatchError(
             f"The index {path} is damaged ({error}); delete it and index the folders again."
         ) from error
-
-
-@contextmanager
-def making_sense(path: Path | None = None) -> Iterator[None]:
-    """What can't be made of stored values, in one sentence."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        where = f"The index {path}" if path else "The index"
-        raise ClipmatchError(f"{where} is damaged ({error}); delete it and index the folders again.") from error
-
-
-def note(text: str) -> None:
-    """A sentence on stderr."""
-    import click
-
-    click.echo(text, err=True)
