@@ -120,22 +120,10 @@ class Painter:
         side = math.isqrt(self.prior.config.tokens) * self.canvas.factor
         if config.size not in (None, side):
             raise ClipmatchError(f"The prior paints pictures of {side} pixels; leave out the size.")
-        mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)  # [d]
+        drafts = DRAFTS if config.steps else 1
         seeds = range(config.seed, config.seed + config.n)
-        tokens = torch.cat([self.draft(mixed, seed, targets, DRAFTS if config.steps else 1) for seed in seeds])
-        return self.canvas.from_tokens(tokens, config.strength)
-
-    def draft(self, row: Tensor, seed: int, targets: Targets, count: int) -> Tensor:
-        """A unit row [d] -> codes [1, t] of that picture by the prior, of so many, which the guide likes best.
-
-        A gradient leads to what pleases the guide alone sooner than a choice among what the prior has painted does.
-        """
-        assert self.prior is not None
-        tokens = self.prior.paint(row.expand(count, -1).to(self.guide.device), seed=seed * count)  # [count, t]
-        if count == 1:
-            return tokens
-        best = most_liked(self.canvas, self.guide, targets, self.canvas.from_tokens(tokens))
-        return tokens[best : best + 1]
+        tokens = [draft(self.prior, self.canvas, self.guide, targets, seed, drafts) for seed in seeds]
+        return self.canvas.from_tokens(torch.cat(tokens), config.strength)
 
     def scores(self, pictures: Tensor, prompts: tuple[Prompt, ...], guide_scores: Tensor) -> list[float]:
         """Pictures [n, 3, h, h] -> by the judge their weighted cosines with the prompts; the guide's without one."""
@@ -165,6 +153,17 @@ class Painter:
         if config.init is not None or self.prior is not None:
             facts["strength"] = config.strength
         return facts
+
+
+def draft(prior: Prior, canvas: VQCanvas, guide: Guide, targets: Targets, seed: int, count: int) -> Tensor:
+    """Codes [1, t] of a picture by the prior: of so many that which the guide likes best.
+
+    A gradient leads to what pleases the guide alone; a choice among what the prior has painted does so less.
+    """
+    mixed = torch.nn.functional.normalize(targets.weights @ targets.rows, dim=0)  # [d]
+    tokens = prior.paint(mixed.expand(count, -1).to(guide.device), seed=seed * count)  # [count, t]
+    best = most_liked(canvas, guide, targets, canvas.from_tokens(tokens)) if count > 1 else 0
+    return tokens[best : best + 1]
 
 
 # Loading
