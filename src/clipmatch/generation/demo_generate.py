@@ -132,7 +132,7 @@ def as_bytes(pictures: torch.Tensor) -> NDArray[np.uint8]:
 
 def write_prompt_sheet(pictures: NDArray[np.uint8], prompts: list[str], path: Path, columns: int = 4) -> None:
     """Pictures uint8 [n, s, s, 3], enlarged, each above its prompt -> a PNG."""
-    side, text, gap = 192, 44, 8
+    side, text, gap = 192, 58, 8
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -140,5 +140,5 @@ def write_prompt_sheet(pictures: NDArray[np.uint8], prompts: list[str], path: Pa
         row, column = divmod(place, columns)
         left, top = gap + column * (side + gap), gap + row * (side + text + gap)
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.multiline_text((left, top + side + 2), "\n".join(textwrap.wrap(prompt, 34)[:3]), fill="black")
+        draw.multiline_text((left, top + side + 2), "\n".join(textwrap.wrap(prompt, 34)[:4]), fill="black")
     sheet.save(path)
