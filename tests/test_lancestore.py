@@ -358,10 +358,14 @@ def test_a_copy_follows_its_source_and_refuses_another_model(store, tmp_path):
     store.add_root(Root(Path("/photos"), ("*.gif",), True))
     with Store.open(tmp_path / "copy.sqlite", create=True) as copy:
         copy_store(store, copy, progress=False)
+        failed = {Path("/photos/bad.jpg"): (Stamp(1, 2, 0), "damaged")}
+        copy.upsert([], store.model.fingerprint, {}, failed)
+        assert copy.broken() == failed
         store.delete([Path("/photos/4.jpg")])
         fill(store, [7])
         assert str(copy_store(store, copy, progress=False)) == "1 copied, 4 unchanged, 1 removed"
         assert copy.roots() == store.roots()
+        assert copy.broken() == store.broken() == {}
     with Store.open(tmp_path / "other.sqlite", create=True) as other:
         with pytest.raises(ClipmatchError, match="is empty; there is nothing to copy"):
             copy_store(other, store)

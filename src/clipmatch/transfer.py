@@ -35,7 +35,7 @@ class Copied:
 def copy_store(source: PhotoStore, target: PhotoStore, progress: bool = True) -> Copied:
     """Make the target what the source is: photographs with their vectors, folders, failures and concepts.
 
-    What is there already is passed over, so an interrupted copy goes on. Raises ClipmatchError when the source is
+    Folders and concepts that the target alone has stay, for they were made by hand. What is there already is passed over, so an interrupted copy goes on. Raises ClipmatchError when the source is
     empty, or the target is bound to another model.
     """
     model = source.model
@@ -58,7 +58,9 @@ def copy_store(source: PhotoStore, target: PhotoStore, progress: bool = True) ->
             if gone:
                 target.delete(gone)
                 done.removed += len(gone)
-        target.upsert([], model.fingerprint, {}, source.broken())
+        broken = source.broken()
+        target.delete(target.broken().keys() - broken.keys())
+        target.upsert([], model.fingerprint, {}, broken)
         for root in source.roots():
             target.add_root(root)
         give(target.path, given(source.path))
