@@ -1,5 +1,6 @@
 """Pictures in archives and tables and on object storage, with the captions that lie beside them there."""
 
+import hashlib
 import os
 
 import pyarrow as pa
@@ -161,3 +162,42 @@ def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_pa
 
 def by_name(items, folder):
     return {item.path.relative_to(folder).as_posix(): item for item in items}
+
+
+def test_an_archive_that_is_not_looked_into_keeps_its_pictures(index, tmp_path):
+    """One machine reads archives that are named; a folder with one in it says nothing of what is inside."""
+    shard = pack(tmp_path / "photos" / "shard.tar", MEMBERS)
+    paint(tmp_path / "photos" / "lime.png", "lime")
+    index.update([shard], progress=False)
+    assert str(index.update([tmp_path / "photos"], progress=False)).startswith("1 added, 0 moved, 0 changed, 0 unch")
+    assert len(index) == 7
+    shard.unlink()
+    assert index.update([tmp_path / "photos"], progress=False).removed == 6
+
+
+def test_members_stay_in_their_archive(index, tmp_path):
+    secret = paint(tmp_path / "secret.png", "red")
+    names = (str(secret), "../secret.png", "..", "sub/../../a.png")
+    shard = pack(tmp_path / "shard.tar", [(name, picture("blue")) for name in names])
+    inside = sorted(item.path.relative_to(shard).as_posix() for item in pictures_in(shard))
+    assert inside == sorted([str(secret)[1:], "secret.png", "sub/a.png"])
+    assert index.update([shard], progress=False).added == 3
+    assert {photo.digest for photo in index} == {hashlib.sha256(picture("blue")).hexdigest()}
+
+
+def test_rows_of_a_table_that_name_nothing_are_listed(index, named):
+    paths = ["https://example.com/a.jpg", "nul\0.png", None, "lime.png"]
+    pq.write_table(pa.table({"url": pa.array(paths).dictionary_encode()}), named / "table.parquet")
+    summary = index.update([named / "table.parquet"], progress=False)
+    assert (summary.added, len(summary.failures)) == (1, 2)
+    assert captions(index, named) == {"lime.png": None}
+
+
+def test_a_table_of_bytes_that_are_no_text_is_a_failure(index, tmp_path):
+    """As writers make them that don't look at what they write."""
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"image": [picture("red")], "caption": broken}), tmp_path / "rows.parquet")
+    shard = pack(tmp_path / "shard.tar", MEMBERS)
+    summary = index.update([tmp_path / "rows.parquet", shard], progress=False)
+    assert summary.added == 6
+    assert [failure.path.name for failure in summary.failures] == ["rows.parquet"]

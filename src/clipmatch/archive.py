@@ -157,7 +157,7 @@ def _contents(archive: str, modified: int, size: int) -> Contents:
             for info in tar:
                 end = info.offset_data + info.size
                 if info.isreg() and not info.issparse() and end <= size:
-                    members.append(Member(str(PurePosixPath(info.name)), info.offset_data, info.size))
+                    members.append(Member(name_within(info.name), info.offset_data, info.size))
             end = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:  # of damaged headers
         problem = f"damaged or cut off after {len(members)} files ({error})"
@@ -166,6 +166,11 @@ def _contents(archive: str, modified: int, size: int) -> Contents:
     elif problem is None and not ends_well(archive, end):
         problem = f"damaged or cut off after {len(members)} files (no end mark)"
     return Contents(tuple(members), problem)
+
+
+def name_within(name: str) -> str:
+    """A member's name without what would lead out of the archive: a root, or a folder above."""
+    return str(PurePosixPath(*(part for part in PurePosixPath(name).parts if part.strip("/") not in ("", ".."))))
 
 
 def compression(file: Path) -> str | None:

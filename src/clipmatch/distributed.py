@@ -86,7 +86,7 @@ def update(
         )
     roots = [absolute(folder) for folder in folders]
     check_folders([root for root in roots if not is_remote(root)])
-    with LanceStore.open(place, create=True) as store:
+    with LanceStore.open(place, create=True) as store, store.writer():
         bound = store.model
         model = model or (bound.name if bound else None)
         embedder = load_model(model, device)
@@ -263,7 +263,8 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Files -> one row that counts them."""
         listed = from_table(batch)
-        files = {item.path: item for item in listed}.values()  # Parquet files may name one more than once
+        # Tables may name what is listed as well: what lies beside a picture goes before their words.
+        files = {item.path: item for item in sorted(listed, key=tells)}.values()
         there, summary = Comparison(), Summary()
         known, broken = self.store.stamps_of(item.path for item in files)
         there.known |= known.keys()
@@ -287,6 +288,11 @@ DONE = pa.schema(
         ("numbers", pa.list_(pa.int64())),
     ]
 )
+
+
+def tells(item: Found | Failure) -> int:
+    """How much what is found says of a picture's caption: nothing, a table's words, side-cars."""
+    return 0 if isinstance(item, Failure) else 2 * (item.stamp.sidecar > 0) + (item.stamp.sidecar < -1)
 
 
 def as_table(files: Iterable[Found | Failure]) -> pa.Table:

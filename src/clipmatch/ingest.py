@@ -13,6 +13,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,10 +188,23 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
             reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
             summary.failures.append(Failure(root.path, reason))
             kept.append(root.path)
-    absent = {path for path in (found.known | failed) - seen if not any(path.is_relative_to(place) for place in kept)}
+    named = {root.path for root in roots}
+    absent = {
+        path
+        for path in (found.known | failed) - seen
+        if not any(path.is_relative_to(place) for place in kept) and not is_in_another(path, named)
+    }
     found.gone = digests_of(store, absent & found.known)
     found.mended = absent - found.known
     return found
+
+
+def is_in_another(path: Path, roots: AbstractSet[Path]) -> bool:
+    """Whether a picture is in an archive that is still there and that was not looked into: those below a folder are
+    read by a cluster, or where they are named.
+    """
+    inside = locate(path)
+    return inside is not None and inside[0] not in roots and inside[0].exists()
 
 
 def stamps_elsewhere(store: PhotoStore, items: Sequence[Found | Failure], root: Root) -> dict[Path, Stamp]:

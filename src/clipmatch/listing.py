@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clipmatch.archive import contents
 from clipmatch.crawl import Found
-from clipmatch.errors import Failure
+from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import is_image_name
 from clipmatch.metadata import SIDECARS, attempt, listed_stamp, sidecar_names, sidecar_stamp, told_stamp
 from clipmatch.photo import Stamp
@@ -55,7 +55,7 @@ def pictures_in(archive: Path) -> Iterator[Found | Failure]:
             yield from rows_of(archive, modified)
         else:
             yield from members_of(archive, modified)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: bytes of a table that are no text
         yield Failure(archive, plain_reason(error))
 
 
@@ -96,7 +96,7 @@ def named(path: Path, caption: str | None) -> Found | Failure:
     """A picture that a table names. If it lies here, side-cars beside it go before the table, as for all files here."""
     try:
         size, modified = status_of(path)
-    except OSError as error:
+    except (OSError, ValueError, ClipmatchError) as error:  # a null byte; an address of no file system
         return Failure(path, plain_reason(error))
     beside = 0 if is_remote(path) else sidecar_stamp(path)
     if beside:

@@ -44,8 +44,10 @@ def row_names(path: Path) -> list[str]:
 def linked(path: Path) -> list[str] | None:
     """Where the pictures lie, row by row, if the file has their paths; None if it has the pictures themselves."""
     table = opened(path)
-    kind = str(table.file.schema_arrow.field(table.column).type)
-    if kind not in ("string", "large_string", "string_view"):
+    kind = table.file.schema_arrow.field(table.column).type
+    if str(kind).startswith("dictionary"):  # as pandas writes categories
+        kind = kind.value_type
+    if str(kind) not in ("string", "large_string", "string_view"):
         return None
     with table.turn:
         found: list[str] = table.file.read(columns=[table.column])[table.column].to_pylist()

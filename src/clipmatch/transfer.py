@@ -35,8 +35,9 @@ class Copied:
 def copy_store(source: PhotoStore, target: PhotoStore, progress: bool = True) -> Copied:
     """Make the target what the source is: photographs with their vectors, folders, failures and concepts.
 
-    Folders and concepts that the target alone has stay, for they were made by hand. What is there already is passed over, so an interrupted copy goes on. Raises ClipmatchError when the source is
-    empty, or the target is bound to another model.
+    Folders and concepts that the target alone has stay, for they were made by hand. What is there already is passed
+    over, so an interrupted copy goes on. Raises ClipmatchError when the source is empty, or the target is bound to
+    another model.
     """
     model = source.model
     if model is None:
