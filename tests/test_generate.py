@@ -55,6 +55,12 @@ def test_the_same_command_paints_the_same_picture(model_folder, vqgan, tmp_path)
     assert digest(tmp_path / "one.png") != digest(tmp_path / "other.png")
 
 
+def test_seeds_have_a_range(model_folder, vqgan):
+    done = run("a star", "--guide", model_folder, "--generator", vqgan, "--seed", 2**31)
+    assert done.exit_code == 2
+    assert "0<=x<=2147483647" in done.output
+
+
 def test_a_picture_says_how_it_was_made(model_folder, vqgan, tmp_path):
     out = tmp_path / "new" / "star.png"
     prompt = "a star ☆ | blur:-0.5"

@@ -124,7 +124,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(scenes, model_fo
     left = iter([False] * 3)
     with monkeypatch.context() as patch:
         patch.setattr(looptools, "stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(left, True)))
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "rows.safetensors").write_bytes(b"of a start that failed")
         assert not train_prior(rows, vqgan, guide, tmp_path / "broken", FAST, progress=False)
+    with pytest.raises(ClipmatchError, match="began with another guide"):
+        train_prior(rows, vqgan, load_model("embedded"), tmp_path / "broken", resume=True, progress=False)
     assert train_prior(rows, vqgan, guide, tmp_path / "broken", resume=True, progress=False)
     whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
@@ -143,6 +147,18 @@ def test_the_command_trains_inside_the_generators_folder(scenes, model_folder, v
     config = load_prior(generator / "prior").config
     assert (config.tokens, config.codes, config.width) == (16, 16, 24)
     assert json.loads((generator / "prior" / "log.jsonl").read_text().splitlines()[-1])["dev_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [(("--width", "256"), "width must be a multiple of heads"), (("--seed", "-1"), "seed must lie in 0..")],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_encoded(photos, vqgan, tmp_path, option, said):
+    words = ["train-prior", "--captions", str(photos), "--generator", str(vqgan), "--guide", "embedded"]
+    done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "prior"), *option])
+    assert done.exit_code == 1
+    assert said in done.output
+    assert not (tmp_path / "prior").exists()
 
 
 def test_pictures_without_captions_are_enough(photos, model_folder, vqgan, tmp_path):

@@ -256,6 +256,14 @@ def test_a_painting_comes_in_previews(painting, monkeypatch):
     assert paint(painting, "a red star", steps=5, seed=4)[-1]["image"] != finished["image"]
 
 
+def test_a_painting_takes_as_many_steps_as_are_worth_taking(painting, monkeypatch):
+    monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
+    monkeypatch.setattr("clipmatch.generation.painter.ALONE", 3)
+    _, *previews, finished = paint(painting, "a red star")
+    assert (previews[-1]["step"], previews[-1]["steps"]) == (3, 3)
+    assert picture_of(finished["image"]).text["steps"] == "3"
+
+
 def picture_of(url):
     """The picture in a data URL."""
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

@@ -182,3 +182,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path):
     torch.save({"state_dict": weights}, tmp_path / "gumbel.ckpt")
     with pytest.raises(ClipmatchError, match=r"lacks quantize\.embedding\.weight"):
         convert_taming(tmp_path / "gumbel.ckpt", tmp_path / "vq")
+    more = {**Taming((32, 64), 1, 8, 32).state_dict(), "colorize": torch.zeros(3)}
+    torch.save({"state_dict": more}, tmp_path / "more.ckpt")
+    with pytest.raises(ClipmatchError, match="no VQGAN of taming-transformers as it was published"):
+        convert_taming(tmp_path / "more.ckpt", tmp_path / "vq")

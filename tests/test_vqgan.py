@@ -103,6 +103,8 @@ def test_codes_go_to_the_mean_of_what_is_near_and_idle_ones_elsewhere():
 
 def test_a_vqgan_learns_from_a_folder(pictures, tmp_path):
     out = tmp_path / "vq"
+    out.mkdir()
+    (out / "pixels.bin").write_bytes(bytes(16 * 16 * 3 * 5))  # of a start that failed: other pictures
     config = VQConfig(**{**FAST.__dict__, "channels": (32,), "steps": 200, "batch_size": 8, "rate": 2e-3})
     assert train_vqgan(pictures, out, config, progress=False)
     looks = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clipmatch.cli_train import refuse_idle
 from clipmatch.errors import ClipmatchError
-from clipmatch.generation.settings import DEMO, GENERATOR, GUIDE, find_demo
+from clipmatch.generation.settings import DEMO, GENERATOR, GUIDE, MOST_SEED, find_demo
 from clipmatch.output import printable
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 @click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures, ranked.")
 @click.option("--judge", metavar="NAME", help="Another model that ranks them instead of the guide.")
 @click.option("--size", type=click.IntRange(min=1), help="Side in pixels; the generator's own if not given.")
-@click.option("--steps", type=click.IntRange(min=0), help="Of guidance; 40 after a prior if not given, 200 without.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; 1 more for each.")
+@click.option("--steps", type=click.IntRange(min=0), help="Of guidance; 20 after a prior if not given, 200 without.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, MOST_SEED), help="Of the first; 1 more for each."
+)
 @click.option("--init", type=click.Path(path_type=Path), metavar="FILE", help="Picture to begin with.")
 @click.option(
     "--strength",

@@ -36,6 +36,7 @@ PRIOR_HELP = {
     "batch_size": "Pictures a batch.",
     "width": "Of the transformer.",
     "layers": "Of the transformer.",
+    "heads": "Of its attention; the width must be a multiple of them.",
     "rate": "Peak learning rate.",
     "captioned": "Share of the prompts that are captions; the rest are the pictures' own embeddings with noise.",
     "noise": "Length of that noise, at most.",

@@ -53,7 +53,7 @@ class Studio:
                 return
             image = preview_of(progress.pictures[0])
             loop.call_soon_threadsafe(
-                previews.put_nowait, PaintEvent(step=progress.step, steps=question.steps, image=image)
+                previews.put_nowait, PaintEvent(step=progress.step, steps=self._steps(question), image=image)
             )
             last = time.monotonic()
 
@@ -61,7 +61,7 @@ class Studio:
         work = loop.run_in_executor(self._thread, self._paint, question, on_step, left.is_set)
         work.add_done_callback(lambda _: previews.put_nowait(None))
         try:
-            yield PaintEvent(step=0, steps=question.steps)
+            yield PaintEvent(step=0, steps=self._steps(question))
             while (preview := await previews.get()) is not None:
                 yield preview
             if (painted := work.result()) is not None:
@@ -77,11 +77,16 @@ class Studio:
             return None
         from clipmatch.generation.painter import PaintConfig, load_painter
 
-        config = PaintConfig(question.prompt, n=question.n, steps=question.steps, seed=question.seed, pictures=False)
         if self._painter is None:
-            self._painter = load_painter(self.guide, self.generator)
+            self._painter = load_painter(self.guide, self.generator, device="cpu")
+        steps = self._steps(question)
+        config = PaintConfig(question.prompt, n=question.n, steps=steps, seed=question.seed, pictures=False)
         painted, _ = self._painter.paint(config, on_step, stop)
         return painted[0]
+
+    def _steps(self, question: PaintQuestion) -> int:
+        """Of guidance; 0 as long as it is not known how many are worth taking."""
+        return (self._painter.steps if self._painter else 0) if question.steps is None else question.steps
 
     def close(self) -> None:
         """End the thread, after the painting that is under way."""

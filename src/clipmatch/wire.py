@@ -117,11 +117,14 @@ class WhyQuestion(Strict):
 
 
 class PaintQuestion(Strict):
-    """What to paint: as `clipmatch generate` takes it, but for files. n: how many are tried; the best is sent."""
+    """What to paint: as `clipmatch generate` takes it, but for files.
+
+    steps: None for as many as are worth taking. n: how many are tried; the best is sent.
+    """
 
     prompt: str = Field(min_length=1, max_length=LONGEST)
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    steps: int = Field(default=0, ge=0, le=1000)
+    steps: int | None = Field(default=None, ge=0, le=1000)
     n: int = Field(default=1, ge=1, le=16)
 
 

@@ -112,6 +112,7 @@ def evaluate_generation(out: Path, n: int = 200, guided: int = 100, seed: int = 
     prior = load_prior(out / GENERATOR / PRIOR)
     real = read_pictures(splits.dev[:n])
     rows = {name: measure(world, paint) for name, paint in painters(world, prior, real, seed).items()}
+    guided = min(guided, len(world.prompts))
     rows |= {name: measure(world, paint, guided) for name, paint in guided_painters(world, prior, seed).items()}
     return {"prompts": len(world.prompts), "choices": CHOICES, "chance": 1 / CHOICES, **checks, "rows": rows}
 
@@ -121,7 +122,7 @@ def prepare_world(
 ) -> tuple[World, dict[str, Any]]:
     """Models and pictures -> what the rows share, and how well judge and classifier do on real pictures."""
     judge_run, judge_splits = make_judge(out, seed)
-    judge, guide = (TorchEmbedder(load_checkpoint(folder)) for folder in (judge_run, out / GUIDE))
+    judge, guide = (TorchEmbedder(load_checkpoint(folder), "cpu") for folder in (judge_run, out / GUIDE))
     vqgan = load_vqgan(out / GENERATOR)
     scenes, judge_scenes = read_scenes(out / SCENES), read_scenes(out / JUDGE_SCENES)
     references = read_pictures(judge_splits.dev)

@@ -73,11 +73,15 @@ def train_prior(
     """
     out = Path(out)
     if resume:
-        settings = from_json(PriorTraining, read_state(out)["settings"]["training"])
+        saved = read_state(out)["settings"]
+        settings = from_json(PriorTraining, saved["training"])
+        for name, fingerprint in (("guide", guide.fingerprint), ("vqgan", vqgan_fingerprint(vqgan))):
+            if saved.get(name, fingerprint) != fingerprint:
+                raise ClipmatchError(f"The run in {out} began with another {name} ({saved[name]}); name that one.")
     settings = settings or PriorTraining()
     seed_everything(settings.seed)
     reuse_memory()
-    if not (out / ROWS).is_file():
+    if not resume or not (out / ROWS).is_file():  # what a failed start has left may be of other models
         write_rows(rows, vqgan, guide, out, progress)
     data = PriorData(**load_file(out / ROWS))
     codes = load_vqgan(vqgan)
@@ -99,7 +103,7 @@ def train_prior(
         f"{learner.precision.reason}"
     )
     every = max(1, settings.steps // 10)
-    saved = {"training": to_json(settings)}
+    saved = {"training": to_json(settings), "guide": guide.fingerprint, "vqgan": config.vqgan}
     finished = run_steps(learner, out, settings.steps, saved, resume=resume, look_every=every, progress=progress)
     save_prior(learner.prior, out)
     return finished

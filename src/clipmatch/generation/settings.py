@@ -13,6 +13,7 @@ from clipmatch.modelfolder import find_local
 
 DEMO = Path("clipmatch-demo")  # where clipmatch demo leaves its models, if not told otherwise
 GUIDE, GENERATOR = "guide", "generator"  # their folders in it
+MOST_SEED = 2**31 - 1
 
 
 def find_demo(folder: str) -> str | None:
@@ -50,6 +51,7 @@ class VQConfig:
         require(self.size % factor == 0, f"size must be a multiple of {factor} pixels, a code's side", self.size)
         require(all(width % 8 == 0 for width in self.channels), "channels must be multiples of 8", self.channels)
         require(self.adversarial >= 0, "adversarial must not be negative", self.adversarial)
+        require(0 <= self.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}", self.seed)
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,5 @@ class PriorTraining:
         for name in ("unprompted", "captioned"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1", getattr(self, name))
         require(self.noise >= 0, "noise must not be negative", self.noise)
+        require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
+        require(0 <= self.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}", self.seed)

@@ -43,8 +43,13 @@ class Ignored:
 def convert_taming(file: str | Path, out: str | Path) -> VQModel:
     """A checkpoint file -> the model, saved in the folder `out`. Raises ClipmatchError if it is of another kind."""
     weights = read_taming(Path(file))
-    model = VQModel(**config_of(weights))
-    model.load_state_dict(rename(weights))
+    try:
+        model = VQModel(**config_of(weights))
+        model.load_state_dict(rename(weights))
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise ClipmatchError(
+            f"The file {file} is no VQGAN of taming-transformers as it was published ({reason_of(error)})."
+        ) from error
     model.save_pretrained(out)
     return model
 

@@ -67,7 +67,7 @@ def train_vqgan(
     vqgan = load_vqgan(model).requires_grad_(True) if model else new_vqgan(config)
     if config.size % pixels_per_code(vqgan):
         raise ClipmatchError(f"The VQGAN {model} needs a --size that is a multiple of {pixels_per_code(vqgan)}.")
-    if not (out / PIXELS).is_file():
+    if not resume or not (out / PIXELS).is_file():  # what a failed start has left may be of other pictures
         paths = list_images(pictures) if isinstance(pictures, str | Path) else pictures
         decode_pictures(paths, config.size, out / PIXELS, progress)
     learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out, new=model is None)

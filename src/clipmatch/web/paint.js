@@ -3,8 +3,6 @@
 import { el, iconButton, toast } from "./dom.js";
 import { plural, spokenName } from "./phrases.js";
 
-const STEPS = 40; // of guidance, if not said otherwise
-
 /** hooks: paint(question, onEvent, signal) -> what is finished, remember(photographs), open(photograph), searchBy(file). */
 export class Easel {
   constructor(dialog, hooks) {
@@ -19,7 +17,7 @@ export class Easel {
   build() {
     this.prompt = el("input", { type: "text", maxlength: 1000, required: true, spellcheck: "false", "aria-label": "What the picture should show", placeholder: "a red circle above a blue square" });
     this.seed = el("input", { type: "number", min: 0, max: 2147483647, step: 1, required: true, value: 0 });
-    this.steps = el("input", { type: "number", min: 0, max: 1000, step: 1, required: true, value: STEPS });
+    this.steps = el("input", { type: "number", min: 0, max: 1000, step: 1, placeholder: "usual" });
     this.go = el("button", { class: "primary", text: "Paint" });
     this.stop = el("button", { type: "button", text: "Stop", hidden: true, onclick: () => this.painting?.abort() });
     this.form = el(
@@ -59,7 +57,7 @@ export class Easel {
     this.actions.hidden = this.near.hidden = true;
     this.said.textContent = "Mixing the colours…";
     try {
-      const question = { prompt, seed: this.seed.valueAsNumber || 0, steps: this.steps.valueAsNumber || 0 };
+      const question = { prompt, seed: this.seed.valueAsNumber || 0, steps: this.steps.value === "" ? null : this.steps.valueAsNumber };
       const made = await this.hooks.paint(question, (event) => this.follow(event, prompt), turn.signal);
       if (this.painting === turn) this.finish(made, prompt);
     } catch (error) {
