@@ -53,7 +53,9 @@ def parse():
     parser.add_argument("--core-second", type=float, default=0.0169, help="core seconds a picture: 118.5/s on 2 cores")
     parser.add_argument("--picture-kb", type=float, default=247, help="size of a picture on storage")
     parser.add_argument("--dim", type=int, default=256, help="numbers of a row")
-    parser.add_argument("--row-bytes", type=float, default=303, help="of a photograph, but for its row and the index of that")
+    parser.add_argument(
+        "--row-bytes", type=float, default=303, help="of a photograph, but for its row and the index of that"
+    )
     parser.add_argument("--index-row", type=float, default=17, help="bytes a row in the index, besides its bits")
     parser.add_argument("--days", type=float, default=1, help="in which to embed all")
     parser.add_argument("--cores", type=int, default=32, help="of a machine")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_biggan import TINY, published_shapes
 
 from clipmatch.cli import main
+from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation import picture
 from clipmatch.generation.guide import load_guide
@@ -70,7 +71,7 @@ def test_a_picture_says_how_it_was_made(model_folder, vqgan, tmp_path):
         facts = image.text
         assert image.size == (16, 16)
     assert facts["prompt"] == prompt
-    assert (facts["seed"], facts["steps"]) == ("5", "3")
+    assert (facts["seed"], facts["steps"], facts["planned steps"]) == ("5", "3", "3")
     assert facts["guide"] == load_guide(model_folder).fingerprint
     assert facts["generator"].startswith("VQGAN ")
     assert facts["Software"].startswith("clipmatch ")
@@ -114,6 +115,16 @@ def test_it_begins_with_a_picture_and_strength_holds_it_there(model_folder, vqga
     )
     assert kept == alone != changed
     assert Image.open(tmp_path / "changed.png").text["init"] == "red.png"
+
+
+def test_previews_say_whose_score_they_have(model_folder, vqgan, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(picture, "save_png", lambda path, one, facts: saved.append(facts["judge"]))
+    words = ("a star", "--guide", model_folder, "--generator", vqgan, "--steps", 2, "--save-every", 1)
+    done = run(*words, "--judge", "embedded", "--out", tmp_path / "p.png")
+    assert done.exit_code == 0, done.output
+    guide, judge = load_guide(model_folder).fingerprint, load_model("embedded").fingerprint
+    assert saved == [guide, guide, judge]
 
 
 def test_an_animation_and_previews(model_folder, vqgan, tmp_path, monkeypatch):
@@ -179,6 +190,7 @@ def test_a_prior_paints_first_and_guidance_refines(model_folder, with_prior):
         tokens = load_prior(with_prior / "prior").paint(row, seed=7 + one.number)
         assert torch.equal(one.picture, painter.canvas.paint(painter.canvas.from_tokens(tokens))[0])
         assert one.facts["seed"] == 7 + one.number
+        assert re.fullmatch("[0-9a-f]{16}", one.facts["prior"])
     refined, _ = painter.paint(PaintConfig("a star", n=2, steps=20, seed=7))
     assert refined[0].score > painted[0].score
 

@@ -65,7 +65,8 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     PROMPT is a sentence, or several with weights, as in "a bus | snow:0.5 | blur:-0.5"; a picture file is asked for
     like a sentence. If the generator's folder has a prior, that paints first, and guidance refines.
 
-    Ctrl-C stops and keeps the best so far. The same command gives the same picture, bit for bit, on the same machine.
+    Ctrl-C stops and keeps the best so far. On the CPU the same command gives the same picture,
+    bit for bit, on the same machine.
     """
     from clipmatch.generation.painter import PaintConfig, load_painter
     from clipmatch.generation.picture import Film, check_writable
@@ -93,7 +94,8 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
             if film:
                 film.add(progress.step, progress.pictures)
             if options["save_every"] and progress.step and progress.step % options["save_every"] == 0:
-                save(painter.rank(config, progress.best, progress.scores.tolist(), progress.step), out)
+                scores = progress.scores.tolist()
+                save(painter.rank(config, progress.best, scores, progress.step, painter.guide.fingerprint), out)
 
         painted, stopped = painter.paint(config, on_step, stop)
     paths = save(painted, out)

@@ -100,12 +100,16 @@ class Painter:
         guidance = GuidanceConfig(config.steps, config.seed, flip=not any(prompt.has_sides for prompt in prompts))
         done = optimise(self.canvas, self.guide, targets, latents, guidance, on_step, stop)
         scores = self.scores(done.pictures, prompts, done.scores)
-        return self.rank(config, done.pictures, scores, done.steps), done.stopped
+        judge = (self.judge or self.guide).fingerprint
+        return self.rank(config, done.pictures, scores, done.steps, judge), done.stopped
 
-    def rank(self, config: PaintConfig, pictures: Tensor, scores: list[float], steps: int) -> list[Painted]:
-        """Pictures [n, 3, h, h] as they are after so many steps, and their scores -> the best first."""
+    def rank(self, config: PaintConfig, pictures: Tensor, scores: list[float], steps: int, judge: str) -> list[Painted]:
+        """Pictures [n, 3, h, h] as they are after so many steps, and their scores -> the best first.
+
+        judge: the fingerprint of the model whose scores they are.
+        """
         painted = [
-            Painted(picture, score, number, self.facts(config, number, steps, score))
+            Painted(picture, score, number, self.facts(config, number, steps, score, judge))
             for number, (picture, score) in enumerate(zip(pictures, scores, strict=True))
         ]
         return sorted(painted, key=lambda one: -one.score)
@@ -133,7 +137,7 @@ class Painter:
         pixels = np.stack([self.judge.transform.pixels(to_image(picture)) for picture in pictures])
         return [float(score) for score in self.judge.encode_pixels(pixels) @ rows.T @ weights]
 
-    def facts(self, config: PaintConfig, number: int, steps: int, score: float) -> dict[str, Any]:
+    def facts(self, config: PaintConfig, number: int, steps: int, score: float, judge: str) -> dict[str, Any]:
         """What is to be remembered of a picture."""
         from clipmatch import __version__
 
@@ -141,15 +145,18 @@ class Painter:
             "prompt": config.prompt,
             "seed": config.seed + number,
             "steps": steps,
+            "planned steps": config.steps,  # rates fall by these: a painting that was stopped is not one of fewer steps
             "guide": self.guide.fingerprint,
             "generator": f"{self.canvas.kind} {self.canvas.fingerprint}",
             **self.canvas.facts,
-            "judge": self.judge.fingerprint if self.judge else self.guide.fingerprint,
+            "judge": judge,
             "score": f"{score:.4f}",
             "Software": f"clipmatch {__version__}",
         }
         if config.init is not None:
             facts["init"] = config.init.name
+        elif self.prior is not None:
+            facts["prior"] = self.prior.fingerprint
         if config.init is not None or self.prior is not None:
             facts["strength"] = config.strength
         return facts

@@ -66,6 +66,7 @@ class Prior(nn.Module):
     """
 
     book: Tensor
+    fingerprint: str = ""  # of the weights, where they were loaded
 
     def __init__(self, config: PriorConfig, book: Tensor | None = None):
         super().__init__()
@@ -237,9 +238,5 @@ def load_prior(folder: str | Path) -> Prior:
         raise ClipmatchError(
             f"{folder} holds no prior that can be read; train one with: clipmatch train-prior"
         ) from error
+    prior.fingerprint = fingerprint_of([folder / WEIGHTS], None)
     return prior.eval().requires_grad_(False)
-
-
-def prior_fingerprint(folder: str | Path) -> str:
-    """16 hex digits that change with the weights."""
-    return fingerprint_of([Path(folder) / WEIGHTS], None)
