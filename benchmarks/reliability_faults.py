@@ -342,6 +342,9 @@ def check_order(trace, place):
             dirty.clear()
         elif not paths:
             continue
+        elif name == "ftruncate" and paths[0].endswith("-wal"):  # what was in the log has to be in the store by now
+            found["log not synced"] += bool(dirty.get(paths[0].removesuffix("-wal")))
+            dirty.pop(paths[0], None)
         elif name in ("write", "pwrite64", "writev", "pwritev", "ftruncate"):
             if paths[0].endswith(STORE) and dirty.get(f"{paths[0]}-wal"):  # what is in the log moves into the store
                 found["log not synced"] += 1

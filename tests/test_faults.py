@@ -35,7 +35,7 @@ from clipmatch.index import Index
 from clipmatch.output import copy_file
 from clipmatch.runlog import RunLog, one_run, read_history
 from clipmatch.runstate import find_state, is_finished
-from clipmatch.store import Store
+from clipmatch.store import Root, Store
 from clipmatch.teaching import Concept
 from clipmatch.training import train, write_plan
 
@@ -279,12 +279,15 @@ def test_an_index_that_was_killed_and_can_only_be_read_does_not_hide_what_was_st
         index.update([photos], progress=False)
         copy = disk / "copy"
         copy.mkdir()
-        for name in ("photos.sqlite", "photos.sqlite-wal"):  # as a kill leaves them
-            shutil.copy(disk / name, copy)
+        with index.store.writer():
+            index.store.add_root(Root(disk / "more"))
+            for name in ("photos.sqlite", "photos.sqlite-wal"):  # as a kill leaves them
+                shutil.copy(disk / name, copy)
     with read_only(disk), pytest.raises(ClipmatchError, match=r"has yet to take in what lies in photos.sqlite-wal"):
         Index.open(copy / "photos.sqlite")
     with Index.open(copy / "photos.sqlite", ColourEmbedder()) as index:
         assert len(index) == 4
+        assert disk / "more" in {root.path for root in index.store.roots()}
 
 
 def test_the_server_goes_on_while_others_change_an_index_that_it_can_only_read(disk, seen, album):
@@ -351,9 +354,17 @@ def test_an_index_that_another_is_copied_onto(photos, tmp_path):
             index.update([folder], progress=False)
     with TestClient(server.make_app(path, ColourEmbedder()), base_url="http://127.0.0.1:8765") as client:
         assert client.get("/api/status").json()["photos"] == 4
+        with Index.open(path, ColourEmbedder()) as index:  # beside an open server the log is not removed at the end
+            index.update([paint(tmp_path / "two" / "red.png", (255, 0, 0)).parent], progress=False)
+            index.teach("rex", [photos / "red.png"])
+        assert client.get("/api/status").json()["photos"] == 5
+        log = path.with_name("photos.sqlite-wal")
+        assert not log.exists() or log.stat().st_size == 0
         shutil.copy(tmp_path / "other.sqlite", path)
         assert client.get("/api/status").json()["photos"] == 1
         assert [match["name"] for match in client.post("/api/browse", json={}).json()["matches"]] == ["blue.png"]
+    with closing(sqlite3.connect(path)) as checked:
+        assert next(checked.execute("PRAGMA integrity_check")) == ("ok",)
 
 
 def test_a_full_disk_leaves_the_plan_of_a_run(disk, scenes):

@@ -311,3 +311,11 @@ def test_rows_to_come_that_make_no_sense(tables, value):
     lance.write_dataset(rows, path / "staged.lance")
     with Index.open(path, ColourEmbedder()) as index, pytest.raises(ClipmatchError, match="is damaged"):
         index.reembed(ColourEmbedder("another"), progress=False)
+
+
+@pytest.mark.parametrize("value", ["'abc'", "NULL"])
+def test_an_update_of_an_index_whose_stamps_are_no_numbers(sent, value):
+    path, alter = sent
+    alter(f"UPDATE photos SET sidecar = {value}")
+    with Index.open(path, ColourEmbedder()) as index, pytest.raises(ClipmatchError, match="is damaged"):
+        index.update(progress=False)

@@ -318,8 +318,32 @@ def test_painting_stops_when_nobody_waits_for_it(model_folder, vqgan, monkeypatc
 
     began = time.monotonic()
     asyncio.run(look_once())
-    studio.close()  # waits for the painting under way
+    studio.close()
     assert time.monotonic() - began < 20  # all of it would take minutes
+
+
+def test_the_end_of_the_server_stops_a_painting(model_folder, vqgan, monkeypatch):
+    monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
+    studio = Studio(str(model_folder), str(vqgan))
+
+    async def closed_meanwhile():
+        events = [event async for event in closing(studio.paint(PaintQuestion(prompt="a star", steps=1000)))]
+        return events[-1]
+
+    async def closing(events):
+        async for event in events:
+            if getattr(event, "image", None):
+                began = time.monotonic()
+                studio.close()
+                assert time.monotonic() - began < 1
+            yield event
+
+    began = time.monotonic()
+    assert int(asyncio.run(closed_meanwhile()).facts["steps"]) < 1000
+    assert time.monotonic() - began < 20
+    deadline = time.monotonic() + 5
+    while not studio.close():
+        assert time.monotonic() < deadline
 
 
 def test_duplicates_and_statistics(client):

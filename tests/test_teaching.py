@@ -219,6 +219,10 @@ def test_concepts_move_to_another_index(index, colours, tmp_path):
     with Index.open(tmp_path / "other.sqlite", ColourEmbedder()) as other:
         assert other.import_concepts(values) == 1
         assert other.concepts()[0].row == pytest.approx(index.concepts()[0].row)
+        for change in ({"row": [5.0, *values["concepts"][0]["row"][1:]]}, {"examples": [""]}):
+            with pytest.raises(ValueError, match=r"has numbers above 1|a path is none"):
+                other.import_concepts({**values, "concepts": [values["concepts"][0] | change]})
+        assert other.concepts()[0].row == pytest.approx(index.concepts()[0].row)
     with (
         Index.open(tmp_path / "third.sqlite", ColourEmbedder("other")) as third,
         pytest.raises(ClipmatchError, match="@sunny was taught to another model"),

@@ -43,7 +43,7 @@ def device_options(command: Command) -> Command:
 
 @click.command()
 @click.option("--train", is_flag=True, help="Train a small CLIP from nothing instead: three minutes on two CPU cores.")
-@click.option("--generate", is_flag=True, help="Learn to paint instead: some minutes more, a sheet of pictures.")
+@click.option("--generate", is_flag=True, help="Learn to paint instead: some twenty minutes, a sheet of pictures.")
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder for all that it makes.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of scenes and training.")
 @click.pass_context

@@ -151,7 +151,7 @@ class Service:
         self.decoders.close()
         ended = [desk.close() for desk in (self.desk, self.back)]
         if self.studio is not None:
-            self.studio.close()
+            ended.append(self.studio.close())
         return all(ended)
 
 

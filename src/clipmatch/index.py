@@ -28,6 +28,7 @@ from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
 from clipmatch.remote import absolute, address_of, is_remote
 from clipmatch.runtime import cache_folder
+from clipmatch.sanity import check_concept
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.storage import PhotoStore, default_index, open_store
 from clipmatch.store import Filter, ModelName, Root, check_model
@@ -279,7 +280,8 @@ class Index:
                 raise ValueError(f"@{name} has no numbers")
             examples, others = (tuple(map(Path, value[key])) for key in ("examples", "others"))
             precision = value["precision"]
-            taken.append(Concept(name, row, examples, others, None if precision is None else float(precision)))
+            concept = Concept(name, row, examples, others, None if precision is None else float(precision))
+            taken.append(check_concept(value["model"], concept, self.embedder.dim)[1])
         for concept in taken:
             self.store.keep_concept(self.embedder.fingerprint, concept)
         return len(taken)

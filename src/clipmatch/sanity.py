@@ -64,9 +64,9 @@ def check_photo(photo: Photo) -> Photo:
 
 
 def check_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit rows [n, d], or one [d]: neither longer nor without numbers."""
+    """Unit rows [n, d], or one [d]: numbers that such rows can have."""
     fine = not rows.size or (rows.max() <= UNIT and rows.min() >= -UNIT)  # no comparison with NaN is true
-    require(bool(fine), "a vector is not finite, or too long")
+    require(bool(fine), "a vector is not finite, or has numbers above 1")
     return rows
 
 

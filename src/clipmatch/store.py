@@ -38,10 +38,11 @@ from clipmatch.sanity import (
     check_path,
     check_photo,
     check_rows,
+    check_stamp,
     making_sense,
     require,
 )
-from clipmatch.storefile import all_or_nothing, one_writer, open_file, reading_errors
+from clipmatch.storefile import all_or_nothing, empty_log, one_writer, open_file, reading_errors
 from clipmatch.teaching import Concept
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class Store:
     def __init__(self, path: Path, connection: sqlite3.Connection, obstacle: OSError | None = None):
         self.path = path
         self._db, self._obstacle = connection, obstacle
+        self._updating = False
 
     @classmethod
     def open(cls, path: str | Path, create: bool = False) -> Store:
@@ -175,7 +177,12 @@ class Store:
         A second one waits, and says so; without `wait` it raises ClipmatchError. The lock goes with its process.
         """
         with one_writer(self.path, wait):
-            yield
+            self._updating = True
+            try:
+                yield
+            finally:
+                self._updating = False
+                empty_log(self._db)
 
     @contextmanager
     def writing(self, photographs: bool = True) -> Iterator[None]:
@@ -188,6 +195,8 @@ class Store:
                 yield
                 if photographs:
                     self._set("content", os.urandom(16).hex())
+        if not self._updating:
+            empty_log(self._db)
 
     # What it is about
 
@@ -257,7 +266,7 @@ class Store:
         condition, values = below(root)
         good = list(self._read(f"SELECT path, size, mtime, sidecar FROM photos WHERE {condition}", values))
         with making_sense(self.path):
-            known = {Path(os.fsdecode(path)): Stamp(*stamp) for path, *stamp in good}
+            known = {Path(os.fsdecode(path)): check_stamp(Stamp(*stamp)) for path, *stamp in good}
         return known, self.broken(condition, values)
 
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:

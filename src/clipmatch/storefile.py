@@ -58,6 +58,7 @@ UPGRADES = (
 WORD_TABLES = ("words_data", "words_idx", "words_docsize", "words_config")  # SQLite's own, of the table `words`
 NEEDS = "needs"  # in `about`: the version of clipmatch that brought the file to its version, and so can read it
 PATIENCE = 30  # seconds that a transaction waits for another process's
+SOON = 0.5  # seconds that what is good but not needed waits
 SHARED = 1 << 15  # bytes of the file by which SQLite's readers and writers know of each other, at least
 FULL, LOCKED = "disk is full", "database is locked"  # as SQLite says it
 
@@ -78,6 +79,19 @@ def open_file(path: Path) -> tuple[sqlite3.Connection, OSError | None]:
         connection.close()
         raise
     return connection, obstacle
+
+
+def empty_log(connection: sqlite3.Connection) -> None:
+    """Take what lies in the write-ahead log into the file, as far as nobody reads the older state at this moment.
+
+    Then the file alone is the index. While others have it open the log would stay beside it, and if another index was
+    put in the file's place, belong to that by its name.
+    """
+    with suppress(sqlite3.Error):
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * SOON)}")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    with suppress(sqlite3.Error):
+        connection.execute(f"PRAGMA busy_timeout = {1000 * PATIENCE}")
 
 
 def connect(path: Path) -> tuple[sqlite3.Connection, OSError | None]:

@@ -36,6 +36,7 @@ class Studio:
         self._painter: Painter | None = None
         self._thread = ThreadPoolExecutor(1, "studio")
         self._asked = 0  # paintings that somebody waits for
+        self._paints, self._closed = False, threading.Event()
 
     async def paint(self, question: PaintQuestion) -> AsyncGenerator[PaintEvent | Painted, None]:
         """Previews while it is painted, at last the best picture. Whoever came first is served first.
@@ -73,8 +74,17 @@ class Studio:
     def _paint(
         self, question: PaintQuestion, on_step: Callable[[Progress], None], stop: Callable[[], bool]
     ) -> Painted | None:
-        if stop():  # left while others were served
+        if stop() or self._closed.is_set():  # left while others were served
             return None
+        self._paints = True
+        try:
+            return self._painted(question, on_step, lambda: stop() or self._closed.is_set())
+        finally:
+            self._paints = False
+
+    def _painted(
+        self, question: PaintQuestion, on_step: Callable[[Progress], None], stop: Callable[[], bool]
+    ) -> Painted:
         from clipmatch.generation.painter import PaintConfig, load_painter
 
         if self._painter is None:
@@ -88,9 +98,11 @@ class Studio:
         """Of guidance; 0 as long as it is not known how many are worth taking."""
         return (self._painter.steps if self._painter else 0) if question.steps is None else question.steps
 
-    def close(self) -> None:
-        """End the thread, after the painting that is under way."""
-        self._thread.shutdown(cancel_futures=True)
+    def close(self) -> bool:
+        """End the thread after the step that is under way -> whether none is."""
+        self._closed.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        return not self._paints
 
 
 def file_of(painted: Painted) -> bytes:
