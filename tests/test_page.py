@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -431,8 +432,15 @@ def test_a_photograph_whose_file_is_gone(visit, album, embedded, tmp_path):
 # Painting
 
 
+class Unhurried(Studio):
+    """A thousand steps take twenty seconds, so that a busy browser sees some of them."""
+
+    def _paint(self, question, on_step, stop):
+        return super()._paint(question, lambda progress: (on_step(progress), time.sleep(0.02)), stop)
+
+
 def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
-    with serving(album.index, embedded, studio=Studio(str(model_folder), str(vqgan))) as address:
+    with serving(album.index, embedded, studio=Unhurried(str(model_folder), str(vqgan))) as address:
         page = visit(f"{address}#q=a+star", allowed="status of 400")
         settled(page)
         page.get_by_role("button", name="Paint it").click()
