@@ -22,6 +22,7 @@ def plan(pictures, given):
     return {
         "core_hours": core_seconds / 3600,
         "machines": cores / given.cores,
+        "index_hours": pictures * given.index_second / 3600,
         "read_mb_s": pictures * given.picture_kb * 1e3 / (given.days * 86_400) / MB,
         "table_tb": table_bytes / TB,
         "index_gb": index_bytes / GB,
@@ -29,6 +30,7 @@ def plan(pictures, given):
         "int8_gb": pictures * given.dim / GB,
         "bits_gb": pictures * given.dim / 8 / GB,
         "embed_cost_per_million": 1e6 * given.core_second / 3600 * given.core_hour,
+        "request_cost_per_million": given.requests * given.million_requests,
         "store_cost_per_month": (table_bytes + index_bytes) / GB * given.gb_month,
     }
 
@@ -36,6 +38,7 @@ def plan(pictures, given):
 NAMES = {
     "core_hours": "core hours to embed",
     "machines": "machines for that, in the days given",
+    "index_hours": "hours of one machine to build the indexes, if in proportion",
     "read_mb_s": "MB/s read from storage meanwhile",
     "table_tb": "table, TB (float32 rows and what is known of the pictures)",
     "index_gb": "index of neighbours, GB (memory of a query node that keeps it all)",
@@ -43,6 +46,7 @@ NAMES = {
     "int8_gb": "rows alone, GB: int8",
     "bits_gb": "rows alone, GB: one bit a number",
     "embed_cost_per_million": "cost to embed a million pictures",
+    "request_cost_per_million": "cost of the requests for them",
     "store_cost_per_month": "cost to keep table and index, a month",
 }
 
@@ -57,9 +61,12 @@ def parse():
         "--row-bytes", type=float, default=303, help="of a photograph, but for its row and the index of that"
     )
     parser.add_argument("--index-row", type=float, default=17, help="bytes a row in the index, besides its bits")
+    parser.add_argument("--index-second", type=float, default=1.4e-5, help="seconds a row to build the indexes")
     parser.add_argument("--days", type=float, default=1, help="in which to embed all")
     parser.add_argument("--cores", type=int, default=32, help="of a machine")
     parser.add_argument("--core-hour", type=float, default=0.02, help="price of a core for an hour")
+    parser.add_argument("--requests", type=float, default=1, help="to storage for a picture; far fewer from archives")
+    parser.add_argument("--million-requests", type=float, default=0.4, help="price of a million of them")
     parser.add_argument("--gb-month", type=float, default=0.023, help="price of a GB of object storage for a month")
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """Throughput of `clipmatch index --engine ray` with 1, 2 and 4 workers, beside the index of a single machine.
 
-    python benchmarks/cluster.py --data DIR [--files 1500] [--rounds 3] [--json FILE]
+    python benchmarks/cluster.py --data DIR [--files 1500] [--rounds 3] [--workers 1 2 4] [--json FILE]
 
 DIR/Images holds photographs. Each round is a whole process that makes a fresh index of Lance tables, and one that finds
 all of it unchanged; what a picture costs is the difference, so that the start (Python, model, Ray) does not count, and
@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 
 from common import CLIPMATCH, in_turns, machine, machine_line, ratio, run, table, write_json
-
-WORKERS = (1, 2, 4)
 
 
 def measure(photographs, folder, options):
@@ -33,6 +31,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--files", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -42,7 +41,7 @@ def main():
         for path in itertools.islice(sorted((given.data / "Images").iterdir()), given.files):
             shutil.copy(path, photographs)
         engines = {"one machine": []}
-        for count in WORKERS:
+        for count in given.workers:
             engines[f"ray, {count} worker{'s' * (count > 1)}"] = ["--engine", "ray", "--workers", count]
         cases = {
             name: lambda options=options: measure(photographs, folder, options) for name, options in engines.items()

@@ -43,8 +43,18 @@ def test_capacity():
     printed = run("capacity.py", "--pictures", 1e6, "--core-second", 0.036, "--dim", 100, "--row-bytes", 600)
     figures = dict(line.strip("| ").split(" | ") for line in printed.splitlines() if " | " in line)
     assert figures["core hours to embed"] == "10"
+    assert figures["cost of the requests for them"] == "0.4"
     assert figures["rows alone, GB: float32"] == "0.4"
     assert figures["table, TB (float32 rows and what is known of the pictures)"] == "0.001"
+
+
+def test_lance_cluster(scenes, tmp_path):
+    pytest.importorskip("ray", reason="the extra `distributed` is not installed; make test-cluster has it")
+    out = tmp_path / "out.json"
+    run("cluster.py", "--data", scenes, "--files", 12, "--rounds", 1, "--workers", 1, "--json", out)
+    result = json.loads(out.read_text())
+    assert set(result["rounds"]) == {"one machine", "ray, 1 worker"}
+    assert all(round["all"] > 0 for rounds in result["rounds"].values() for round in rounds)
 
 
 def test_lance_query(scenes, tmp_path):
@@ -55,3 +65,11 @@ def test_lance_query(scenes, tmp_path):
     assert result["cases"]["all"]["recall"] > 0.9
     assert 20 < result["caption_characters"] < result["bytes_a_row"]["data: the rest"] < 1000
     assert 0 < result["bytes_a_row"]["index of vector"] < 4 * result["dim"]
+
+
+def test_painting_memory(tmp_path):
+    out = tmp_path / "out.json"
+    printed = run("painting_memory.py", "--small", "--json", out)
+    for name, peaks in json.loads(out.read_text())["peak_mb"].items():
+        assert peaks["3"] == pytest.approx(peaks["1"], rel=0.2)  # a picture's, whatever their number
+        assert f"| {name} |" in printed

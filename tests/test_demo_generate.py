@@ -15,7 +15,7 @@ from clipmatch.generation.settings import PriorTraining, VQConfig
 from clipmatch.scenes import content_key, sample_splits
 
 VQ = VQConfig(size=32, channels=(8,), codes=16, code_width=4, steps=3, batch_size=8, precision="float32")
-PRIOR = PriorTraining(width=24, heads=2, layers=1, local_width=8, steps=3, batch_size=8, precision="float32")
+PRIOR = PriorTraining(width=24, layers=1, local_width=8, steps=3, batch_size=8, precision="float32")
 
 
 @pytest.fixture

@@ -117,14 +117,15 @@ def test_it_begins_with_a_picture_and_strength_holds_it_there(model_folder, vqga
     assert Image.open(tmp_path / "changed.png").text["init"] == "red.png"
 
 
-def test_previews_say_whose_score_they_have(model_folder, vqgan, tmp_path, monkeypatch):
+def test_previews_are_judged_like_the_pictures(model_folder, vqgan, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(picture, "save_png", lambda path, one, facts: saved.append(facts["judge"]))
-    words = ("a star", "--guide", model_folder, "--generator", vqgan, "--steps", 2, "--save-every", 1)
+    monkeypatch.setattr(picture, "save_png", lambda path, one, facts: saved.append((path.name, facts)))
+    words = ("a star", "--guide", model_folder, "--generator", vqgan, "--steps", 2, "--save-every", 2, "--n", 3)
     done = run(*words, "--judge", "embedded", "--out", tmp_path / "p.png")
     assert done.exit_code == 0, done.output
-    guide, judge = load_guide(model_folder).fingerprint, load_model("embedded").fingerprint
-    assert saved == [guide, guide, judge]
+    assert saved[0][1]["judge"] == load_model("embedded").fingerprint
+    previews, pictures = saved[:3], saved[3:]
+    assert previews == pictures  # of the last step
 
 
 def test_an_animation_and_previews(model_folder, vqgan, tmp_path, monkeypatch):
@@ -195,6 +196,35 @@ def test_a_prior_paints_first_and_guidance_refines(model_folder, with_prior):
     assert refined[0].score > painted[0].score
 
 
+@pytest.mark.parametrize("kind", ["with_prior", "biggan"])
+def test_who_stops_while_pictures_are_begun_gets_those_that_are(kind, model_folder, request):
+    painter = load_painter(str(model_folder), str(request.getfixturevalue(kind)), device="cpu")
+    begun = iter([False])
+    painted, stopped = painter.paint(PaintConfig("a star", n=5, steps=3), stop=lambda: next(begun, True))
+    assert stopped
+    assert [one.facts["steps"] for one in painted] == [0, 0]
+
+
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="there is no GPU")
+@pytest.mark.parametrize("kind", ["vqgan", "with_prior", "biggan"])
+def test_a_gpu_paints_what_the_cpu_does(kind, model_folder, request):
+    names = (str(model_folder), str(request.getfixturevalue(kind)))
+    config = PaintConfig("a star", n=2, steps=1, seed=7)
+    by_cpu, by_gpu = (load_painter(*names, device=device).paint(config)[0] for device in ("cpu", "cuda"))
+    for one, other in zip(by_cpu, by_gpu, strict=True):
+        assert other.number == one.number
+        assert torch.allclose(other.picture, one.picture, atol=0.02)
+
+
+def test_steps_that_are_worth_taking(model_folder, with_prior, vqgan):
+    after_prior, alone = (load_painter(str(model_folder), str(folder), device="cpu") for folder in (with_prior, vqgan))
+    assert after_prior.steps_of(PaintConfig("a star")) == 20
+    assert after_prior.steps_of(PaintConfig("a star", init=Path("red.png"))) == 200  # which no prior has painted
+    assert alone.steps_of(PaintConfig("a star")) == 200
+    assert alone.steps_of(PaintConfig("a star", steps=3)) == 3
+    assert "20 after a prior" in " ".join(run("--help").stdout.split())
+
+
 def test_guidance_begins_with_the_draft_that_the_guide_likes_best(model_folder, with_prior):
     painter = load_painter(str(model_folder), str(with_prior), device="cpu")
     config = PaintConfig("a star", n=2, steps=1, seed=7, strength=0)  # of no strength: the draft stays as it is
@@ -246,7 +276,7 @@ def test_without_names_the_demo_paints(model_folder, with_prior, tmp_path, monke
         ("x --guide MODEL --generator MODEL", "neither a VQGAN .* nor a BigGAN-deep"),
         ("x --guide MODEL --generator owner/name", "can't be reached"),
         ("x --guide MODEL --generator VQGAN --size 17", "multiple of 2 pixels; give --size 16"),
-        ("x --guide MODEL --generator VQGAN --steps 0", "has no prior, so --steps 0 would paint nothing"),
+        ("x --guide MODEL --generator VQGAN --steps 0", "has no prior, so 0 steps would paint nothing"),
         ("x --guide MODEL --generator VQGAN --strength 0.5", "--strength would change nothing"),
         ("x --guide MODEL --generator VQGAN --truncation 0.5", "--truncation would change nothing"),
         ("x --guide MODEL --generator VQGAN --init nowhere.png", "nowhere.png: no such file"),

@@ -2,15 +2,20 @@
 
 import ast
 import base64
+import contextlib
 import copy
 import io
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
+
+from clipmatch.crawl import list_images
+from clipmatch.generation import looptools
 
 NOTEBOOK = Path(__file__).parents[1] / "build_model.ipynb"
 QUERIES = ("dog", "plane", "Gloomy weather", "someone dunks on the basket")
@@ -48,6 +53,22 @@ def twice(notebook, tmp_path_factory):
         NotebookClient(work, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     cells = [cell for cell in work.cells if cell.cell_type == "code"]
     return folder, cells[: len(cells) // 2], cells[len(cells) // 2 :]
+
+
+def test_the_vqgan_goes_on_after_an_interrupt_or_a_kernel_that_died(notebook, photos, tmp_path, monkeypatch):
+    imports = next(cell.source for cell in notebook.cells if "import train_vqgan" in cell.source)
+    source = next(cell.source for cell in notebook.cells if "train_vqgan(" in cell.source)
+    code = without_magics(imports) + "\n" + source.partition("painter = load_painter")[0]
+    splits = SimpleNamespace(train=[SimpleNamespace(path=path) for path in list_images(photos)])
+    names = {"model_path": str(tmp_path / "run"), "splits": splits, "vqgan_steps": 2}
+    left = iter([False])
+    with monkeypatch.context() as patch:
+        patch.setattr(looptools, "stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(left, True)))
+        with pytest.raises(KeyboardInterrupt, match="run this cell again"):
+            exec(code, dict(names))
+    (tmp_path / "run-vqgan" / "config.json").unlink()  # as if the kernel had died
+    exec(code, dict(names))
+    assert looptools.is_finished(tmp_path / "run-vqgan", 2)
 
 
 def without_magics(source):

@@ -436,7 +436,7 @@ class Unhurried(Studio):
     """A thousand steps take twenty seconds, so that a busy browser sees some of them."""
 
     def _paint(self, question, on_step, stop):
-        return super()._paint(question, lambda progress: (on_step(progress), time.sleep(0.02)), stop)
+        return super()._paint(question, lambda *now: (on_step(*now), time.sleep(0.02)), stop)
 
 
 def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
@@ -446,6 +446,7 @@ def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
         page.get_by_role("button", name="Paint it").click()
         easel = page.get_by_role("dialog", name="Paint it")
         expect(easel.get_by_label("What the picture should show")).to_have_value("a star")
+        expect(easel.get_by_label("Steps")).to_have_value("")  # as many as are worth taking
         easel.get_by_label("Steps").fill("1000")
         easel.get_by_role("button", name="Paint", exact=True).click()
         expect(easel.get_by_role("status")).to_have_text(re.compile(r"Step [1-9]\d* of 1000"), timeout=30_000)
@@ -457,6 +458,9 @@ def test_painting_and_what_is_near(visit, album, embedded, model_folder, vqgan):
         expect(easel.get_by_role("img", name="A painting of “a star”")).to_be_visible()
         expect(easel.get_by_role("status")).to_have_text(re.compile(r"Likeness -?0\.\d+ .*; seed 0\."))
         expect(easel.get_by_role("button", name=re.compile("^Near: "))).to_have_count(9)  # two of ten are alike
+        painting, near = (easel.locator(f".{name}").bounding_box() for name in ("painting", "near"))
+        assert near["x"] > painting["x"] + painting["width"]  # beside it
+        assert abs(near["y"] - painting["y"]) < painting["height"]
         shot(page, "20_painting")
         easel.get_by_role("button", name="Another").click()
         expect(easel.get_by_role("status")).to_contain_text("; seed 1.")

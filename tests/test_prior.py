@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,19 +16,20 @@ from clipmatch.embedder import load_model
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation import looptools
 from clipmatch.generation.prior import Prior, PriorConfig, load_prior, save_prior
-from clipmatch.generation.priortrain import PriorData, PriorLearner, train_prior
+from clipmatch.generation.priortrain import ROWS, PriorData, PriorLearner, train_prior
 from clipmatch.generation.settings import PriorTraining
 from clipmatch.generation.vqgan import small_vqgan
 from clipmatch.modelfolder import WEIGHTS
 
-SMALL = {"width": 32, "local_width": 16, "layers": 2, "heads": 2}
+SMALL = {"width": 32, "local_width": 16, "layers": 2}
+SHAPE = {**SMALL, "heads": 2}
 FAST = PriorTraining(steps=6, batch_size=8, precision="float32", device="cpu", **SMALL)
 
 
 @pytest.fixture
 def prior():
     torch.manual_seed(0)
-    return Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SMALL), torch.randn(10, 3)).eval()
+    return Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SHAPE), torch.randn(10, 3)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_it_learns_which_picture_belongs_to_which_prompt(tmp_path):
     kinds = torch.arange(40) % 2
     captions = unit([1.0, 0.0], [0.0, 1.0])[kinds]
     data = PriorData(torch.where(kinds == 0, 3, 7)[:, None].repeat(1, 4), -captions, captions, torch.arange(41))
-    prior = Prior(PriorConfig(tokens=4, codes=10, code_width=3, embed_dim=2, **SMALL), torch.randn(10, 3))
+    prior = Prior(PriorConfig(tokens=4, codes=10, code_width=3, embed_dim=2, **SHAPE), torch.randn(10, 3))
     settings = PriorTraining(steps=200, batch_size=16, precision="float32", device="cpu", rate=3e-3, **SMALL)
     learner = PriorLearner(prior, small_vqgan(16, channels=(8, 16), codes=10, code_width=4), data, settings, tmp_path)
     looptools.run_steps(learner, tmp_path, 200, {}, look_every=200, progress=False)
@@ -109,7 +111,7 @@ def test_codes_that_mean_the_same_begin_with_logits_that_are_alike():
     torch.manual_seed(0)
     book = torch.randn(10, 3)
     book[1] = book[0]
-    prior = Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SMALL), book).eval()
+    prior = Prior(PriorConfig(tokens=16, codes=10, code_width=3, embed_dim=4, **SHAPE), book).eval()
     prior.head.weight.data.zero_()
     prior.head.bias.data.zero_()
     with torch.no_grad():
@@ -136,8 +138,6 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(scenes, model_fo
 
 
 def test_the_command_trains_inside_the_generators_folder(scenes, model_folder, vqgan, tmp_path):
-    import shutil
-
     generator = tmp_path / "generator"
     shutil.copytree(vqgan, generator)
     words = ["train-prior", "--captions", str(scenes), "--generator", str(generator), "--guide", str(model_folder)]
@@ -149,9 +149,13 @@ def test_the_command_trains_inside_the_generators_folder(scenes, model_folder, v
     assert json.loads((generator / "prior" / "log.jsonl").read_text().splitlines()[-1])["dev_loss"] > 0
 
 
+def test_the_heads_follow_from_the_width():
+    heads = {24: 1, 128: 4, 192: 6, 250: 5, 256: 8, 512: 16}
+    assert {width: PriorTraining(width=width).heads for width in heads} == heads
+
+
 @pytest.mark.parametrize(
-    ("option", "said"),
-    [(("--width", "256"), "width must be a multiple of heads"), (("--seed", "-1"), "seed must lie in 0..")],
+    ("option", "said"), [(("--seed", "-1"), "seed must lie in 0.."), (("--device", "cuda:9"), "can't be used here")]
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_encoded(photos, vqgan, tmp_path, option, said):
     words = ["train-prior", "--captions", str(photos), "--generator", str(vqgan), "--guide", "embedded"]
@@ -159,6 +163,22 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_encoded(photos,
     assert done.exit_code == 1
     assert said in done.output
     assert not (tmp_path / "prior").exists()
+
+
+def test_codes_that_do_not_fit_are_told_before_pictures_are_read(model_folder, tmp_path):
+    small_vqgan(24, channels=(8, 16), codes=16, code_width=4).save_pretrained(tmp_path / "vq")  # 3 x 3 codes
+    with pytest.raises(ClipmatchError, match=r"an even number of codes \(got 3\)"):
+        train_prior((), tmp_path / "vq", load_model(model_folder), tmp_path / "prior", FAST, progress=False)
+
+
+def test_a_run_is_not_written_over(scenes, model_folder, vqgan, tmp_path):
+    rows, guide = load_captions(scenes).rows[:3], load_model(model_folder)
+    settings = PriorTraining(**{**FAST.__dict__, "steps": 1})
+    assert train_prior(rows, vqgan, guide, tmp_path / "prior", settings, progress=False)
+    kept = (tmp_path / "prior" / ROWS).read_bytes()
+    with pytest.raises(ClipmatchError, match="already holds a run"):
+        train_prior(rows[:2], vqgan, guide, tmp_path / "prior", settings, progress=False)
+    assert (tmp_path / "prior" / ROWS).read_bytes() == kept
 
 
 def test_pictures_without_captions_are_enough(photos, model_folder, vqgan, tmp_path):

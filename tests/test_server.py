@@ -259,9 +259,11 @@ def test_a_painting_comes_in_previews(painting, monkeypatch):
 def test_a_painting_takes_as_many_steps_as_are_worth_taking(painting, monkeypatch):
     monkeypatch.setattr("clipmatch.studio.PAUSE", 0)
     monkeypatch.setattr("clipmatch.generation.painter.ALONE", 3)
-    _, *previews, finished = paint(painting, "a red star")
-    assert (previews[-1]["step"], previews[-1]["steps"]) == (3, 3)
+    first, *previews, finished = paint(painting, "a red star")
+    assert first["steps"] is None  # before the models are there nobody knows
+    assert [(preview["step"], preview["steps"]) for preview in previews] == [(step, 3) for step in range(4)]
     assert picture_of(finished["image"]).text["steps"] == "3"
+    assert "0 steps would paint nothing" in paint(painting, "a red star", steps=0)[-1]["detail"]
 
 
 def picture_of(url):

@@ -131,6 +131,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(pictures, tmp_pa
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"device": "cuda:9"}, "can't be used here"), ({"perceptual": "nowhere/at/all"}, "nowhere/at/all")],
+)
+def test_what_cannot_be_had_is_told_before_pictures_are_read(pictures, tmp_path, changes, said):
+    with pytest.raises(ClipmatchError, match=said):
+        train_vqgan(pictures, tmp_path / "vq", VQConfig(**{**FAST.__dict__, **changes}), progress=False)
+    assert not (tmp_path / "vq" / "pixels.bin").exists()
+
+
 def test_the_look_of_a_model_counts_too(pictures, tmp_path, model_folder):
     config = VQConfig(**{**FAST.__dict__, "steps": 2, "perceptual": str(model_folder)})
     assert train_vqgan(pictures, tmp_path / "vq", config, progress=False)

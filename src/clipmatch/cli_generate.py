@@ -5,7 +5,6 @@ In: the words of the command line. Out: pictures, a table of them on stdout, pro
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures, ranked.")
 @click.option("--judge", metavar="NAME", help="Another model that ranks them instead of the guide.")
 @click.option("--size", type=click.IntRange(min=1), help="Side in pixels; the generator's own if not given.")
-@click.option("--steps", type=click.IntRange(min=0), help="Of guidance; 20 after a prior if not given, 200 without.")
+@click.option("--steps", type=click.IntRange(min=0), help="Of guidance; 20 after a prior if not given, else 200.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, MOST_SEED), help="Of the first; 1 more for each."
 )
@@ -73,7 +72,8 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     from clipmatch.runlog import stop_on_interrupt
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    config = PaintConfig(**{name: options[name] for name in ("prompt", "n", "size", "seed", "init", "strength")})
+    wanted = ("prompt", "n", "size", "steps", "seed", "init", "strength")
+    config = PaintConfig(**{name: options[name] for name in wanted})
     out = Path(options["out"])
     if out.suffix.lower() != ".png":
         raise ClipmatchError(f"The picture {out} can only be a .png, which says how it was made; name it so.")
@@ -84,9 +84,9 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
         options["generator"] or of_demo("generator", GENERATOR),
     )
     painter = load_painter(guide, generator, options["judge"], options["device"], options["truncation"])
-    config = replace(config, steps=painter.steps if options["steps"] is None else options["steps"])
     refuse_without_effect(given, painter, config)
-    with stop_on_interrupt() as stop, tqdm(total=config.steps, desc="painting", unit="step", delay=0.5) as bar:
+    steps = painter.steps_of(config)
+    with stop_on_interrupt() as stop, tqdm(total=steps, desc="painting", unit="step", delay=0.5) as bar:
 
         def on_step(progress: Progress) -> None:
             bar.set_postfix(score=f"{float(progress.scores.max()):.3f}", refresh=False)
@@ -94,8 +94,8 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
             if film:
                 film.add(progress.step, progress.pictures)
             if options["save_every"] and progress.step and progress.step % options["save_every"] == 0:
-                scores = progress.scores.tolist()
-                save(painter.rank(config, progress.best, scores, progress.step, painter.guide.fingerprint), out)
+                scores = painter.scores(progress.best, config.prompts, progress.scores)
+                save(painter.rank(config, progress.best, scores, progress.step), out)
 
         painted, stopped = painter.paint(config, on_step, stop)
     paths = save(painted, out)
@@ -105,9 +105,7 @@ def generate_command(context: click.Context, /, **options: Any) -> None:
     for rank, (one, path) in enumerate(zip(painted, paths, strict=True), 1):
         click.echo(f"{rank:4}  {one.score:.3f}  {one.facts['seed']:5}  {printable(path)}")
     if stopped:
-        click.echo(
-            f"Stopped after {painted[0].facts['steps']} of {config.steps} steps; this is the best so far.", err=True
-        )
+        click.echo(f"Stopped after {painted[0].facts['steps']} of {steps} steps; this is the best so far.", err=True)
         raise SystemExit(130)
 
 
@@ -133,10 +131,7 @@ def save(painted: list[Painted], out: Path) -> list[Path]:
 
 def refuse_without_effect(given: set[str], painter: Painter, config: PaintConfig) -> None:
     """Raise ClipmatchError for options that this generator has no use for."""
-    begun = painter.prior is not None or config.init is not None
-    if not begun:
+    if painter.prior is None and config.init is None:
         refuse_idle(given & {"strength"}, "There is neither a picture to begin with (--init) nor a prior")
-        if not config.steps:
-            raise ClipmatchError("This generator has no prior, so --steps 0 would paint nothing; give it some steps.")
     if painter.canvas.kind != "BigGAN":
         refuse_idle(given & {"truncation"}, "The generator is no BigGAN")

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from clipmatch.cli_data import data_options
 from clipmatch.errors import ClipmatchError
-from clipmatch.generation.settings import PriorTraining, VQConfig
+from clipmatch.generation.settings import MOST_SEED, PriorTraining, VQConfig
 
 Command = Callable[..., Any]
 STOPPED = 130  # exit status after Ctrl-C
@@ -36,7 +36,6 @@ PRIOR_HELP = {
     "batch_size": "Pictures a batch.",
     "width": "Of the transformer.",
     "layers": "Of the transformer.",
-    "heads": "Of its attention; the width must be a multiple of them.",
     "rate": "Peak learning rate.",
     "captioned": "Share of the prompts that are captions; the rest are the pictures' own embeddings with noise.",
     "noise": "Length of that noise, at most.",
@@ -166,7 +165,7 @@ def convert_vqgan_command(file: Path, out: str) -> None:
 @click.option("--out", default="clipmatch-demo", show_default=True, metavar="DIR", help="Folder of the demo.")
 @click.option("--n", default=200, show_default=True, type=click.IntRange(min=100), help="Held-out prompts.")
 @click.option("--guided", default=100, show_default=True, type=click.IntRange(min=1), help="Of them, by guidance.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The demo's.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, MOST_SEED), help="The demo's.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures too.")
 def evaluate_generation_command(out: str, n: int, guided: int, seed: int, json_file: str | None) -> None:
     """Measure what clipmatch demo --generate paints, beside its baselines.

@@ -48,21 +48,19 @@ class Studio:
         loop, previews, left = asyncio.get_running_loop(), asyncio.Queue[PaintEvent | None](), threading.Event()
         last = 0.0
 
-        def on_step(progress: Progress) -> None:
+        def on_step(progress: Progress, steps: int) -> None:
             nonlocal last
             if time.monotonic() - last < PAUSE:
                 return
             image = preview_of(progress.pictures[0])
-            loop.call_soon_threadsafe(
-                previews.put_nowait, PaintEvent(step=progress.step, steps=self._steps(question), image=image)
-            )
+            loop.call_soon_threadsafe(previews.put_nowait, PaintEvent(step=progress.step, steps=steps, image=image))
             last = time.monotonic()
 
         self._asked += 1
         work = loop.run_in_executor(self._thread, self._paint, question, on_step, left.is_set)
         work.add_done_callback(lambda _: previews.put_nowait(None))
         try:
-            yield PaintEvent(step=0, steps=self._steps(question))
+            yield PaintEvent(step=0, steps=question.steps)
             while (preview := await previews.get()) is not None:
                 yield preview
             if (painted := work.result()) is not None:
@@ -72,7 +70,7 @@ class Studio:
             left.set()
 
     def _paint(
-        self, question: PaintQuestion, on_step: Callable[[Progress], None], stop: Callable[[], bool]
+        self, question: PaintQuestion, on_step: Callable[[Progress, int], None], stop: Callable[[], bool]
     ) -> Painted | None:
         if stop() or self._closed.is_set():  # left while others were served
             return None
@@ -83,20 +81,16 @@ class Studio:
             self._paints = False
 
     def _painted(
-        self, question: PaintQuestion, on_step: Callable[[Progress], None], stop: Callable[[], bool]
+        self, question: PaintQuestion, on_step: Callable[[Progress, int], None], stop: Callable[[], bool]
     ) -> Painted:
         from clipmatch.generation.painter import PaintConfig, load_painter
 
         if self._painter is None:
             self._painter = load_painter(self.guide, self.generator, device="cpu")
-        steps = self._steps(question)
-        config = PaintConfig(question.prompt, n=question.n, steps=steps, seed=question.seed, pictures=False)
-        painted, _ = self._painter.paint(config, on_step, stop)
+        config = PaintConfig(question.prompt, n=question.n, steps=question.steps, seed=question.seed, pictures=False)
+        steps = self._painter.steps_of(config)
+        painted, _ = self._painter.paint(config, lambda progress: on_step(progress, steps), stop)
         return painted[0]
-
-    def _steps(self, question: PaintQuestion) -> int:
-        """Of guidance; 0 as long as it is not known how many are worth taking."""
-        return (self._painter.steps if self._painter else 0) if question.steps is None else question.steps
 
     def close(self) -> bool:
         """End the thread after the step that is under way -> whether none is."""

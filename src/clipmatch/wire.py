@@ -135,10 +135,10 @@ class Problem(BaseModel):
 
 
 class PaintEvent(BaseModel):
-    """A painting on its way. image: as it is after that step, as a data URL."""
+    """A painting on its way. steps: planned, once that is known. image: as it is after that step, as a data URL."""
 
     step: int
-    steps: int
+    steps: int | None
     image: str | None = None
 
 

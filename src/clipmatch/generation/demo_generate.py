@@ -24,7 +24,7 @@ from clipmatch.demo_train import SIZE, is_unfinished, small_settings, train_smal
 from clipmatch.embedder import TorchEmbedder
 from clipmatch.errors import ClipmatchError
 from clipmatch.generation.looptools import is_begun, is_finished
-from clipmatch.generation.painter import PaintConfig, Painter, load_painter
+from clipmatch.generation.painter import REFINING, PaintConfig, Painter, load_painter
 from clipmatch.generation.priortrain import train_prior
 from clipmatch.generation.settings import GENERATOR, GUIDE, PriorTraining, VQConfig
 from clipmatch.generation.vqtrain import train_vqgan
@@ -42,7 +42,7 @@ GUIDE_SETTINGS: dict[str, Any] = {"epochs": 20, "evaluate_every": 20, "adversari
 VQ_SETTINGS = VQConfig(
     size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=6000, batch_size=4, rate=1.5e-3
 )
-PRIOR_SETTINGS = PriorTraining(width=128, layers=4, heads=4, steps=4000, batch_size=24, rate=2e-3, captioned=0.85)
+PRIOR_SETTINGS = PriorTraining(width=128, layers=4, steps=4000, batch_size=24, rate=2e-3, captioned=0.85)
 
 
 def run_generation_demo(out: Path, seed: int = 0) -> str:
@@ -55,7 +55,7 @@ def run_generation_demo(out: Path, seed: int = 0) -> str:
     painter = load_painter(str(out / GUIDE), str(out / GENERATOR))
     prompts = [row.captions[0] for row in splits.dev[:PAINTED]]
     began = time.perf_counter()
-    painted = paint_prompts(painter, prompts, seed, painter.steps)
+    painted = paint_prompts(painter, prompts, seed, REFINING)
     each = (time.perf_counter() - began) / len(prompts)
     write_prompt_sheet(painted, prompts, out / SHEET)
     return "\n".join(

@@ -62,9 +62,9 @@ def run_steps(
     settings: what the run was asked for, kept for `read_state`. Raises ClipmatchError if `out` holds another run, or
     none to resume, or the loss is not finite.
     """
+    if not resume:
+        refuse_begun(out)
     done = restore(learner, out) if resume else 0
-    if not resume and is_begun(out):
-        raise ClipmatchError(f"{out} already holds a run; go on with it by --resume, or choose another --out.")
     history = [row for row in read_history(out) if row["step"] <= done] if resume else []
     clock, losses = SaveClock(), list[float]()
     bar = tqdm(total=total, initial=done, unit="step", desc="training", disable=not progress)
@@ -164,6 +164,12 @@ def is_finished(out: Path, total: int) -> bool:
 def is_begun(out: Path) -> bool:
     """Whether a run lies there, finished or not."""
     return (last_save(out) / STATE).is_file()
+
+
+def refuse_begun(out: Path) -> None:
+    """Raise ClipmatchError if a run lies there, which a new one would write over."""
+    if is_begun(out):
+        raise ClipmatchError(f"{out} already holds a run; go on with it by --resume, or choose another --out.")
 
 
 def last_save(out: Path) -> Path:

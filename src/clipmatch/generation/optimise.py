@@ -57,10 +57,23 @@ class Painting:
     stopped: bool
 
 
-def start(canvas: Canvas, guide: Guide, targets: Targets, n: int, size: int, seed: int) -> list[Tensor]:
-    """Latents, each [n, ...], for random pictures: for each the one that the guide likes best of the canvas's tries."""
-    chosen = []
+def start(
+    canvas: Canvas,
+    guide: Guide,
+    targets: Targets,
+    n: int,
+    size: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Tensor]:
+    """Latents, each [n, ...], for random pictures: for each the one that the guide likes best of the canvas's tries.
+
+    stop: asked before each but the first; if it says yes there are no more.
+    """
+    chosen = list[list[Tensor]]()
     for number in range(n):
+        if chosen and stop():
+            break
         latents = canvas.start(canvas.tries, size, seed + number)
         if canvas.tries > 1:
             best = most_liked(canvas, guide, targets, latents)

@@ -48,7 +48,7 @@ class PaintConfig:
     prompt: str
     n: int = 1
     size: int | None = None
-    steps: int = ALONE  # of guidance; 0: what the prior paints, as it is
+    steps: int | None = None  # of guidance; 0: what the prior paints, as it is; None: as many as are worth taking
     seed: int = 0
     init: Path | None = None
     strength: float = 1.0
@@ -82,7 +82,12 @@ class Painter:
         self, guide: Guide, canvas: Canvas, prior: Prior | None = None, judge: BatchedEmbedder | None = None
     ) -> None:
         self.guide, self.canvas, self.prior, self.judge = guide, canvas, prior, judge
-        self.steps = REFINING if prior else ALONE  # that are worth taking
+
+    def steps_of(self, config: PaintConfig) -> int:
+        """Steps of guidance: those that are asked for, else as many as are worth taking."""
+        if config.steps is not None:
+            return config.steps
+        return REFINING if self.prior is not None and config.init is None else ALONE
 
     def paint(
         self,
@@ -90,43 +95,47 @@ class Painter:
         on_step: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> tuple[list[Painted], bool]:
-        """-> the pictures, the best first, and whether they were stopped before their last step.
+        """-> the pictures, the best first, and whether they were stopped before the last step of the last of them.
 
-        on_step, stop: as for `optimise`. Raises ClipmatchError for a prompt, size or picture that can't be used.
+        on_step, stop: as for `optimise`; stop is also asked before each picture but the first is begun. Raises
+        ClipmatchError for a prompt, size or picture that can't be used, and for no steps where nothing paints first.
         """
-        prompts = config.prompts
+        prompts, steps = config.prompts, self.steps_of(config)
+        if not steps and self.prior is None and config.init is None:
+            raise ClipmatchError("This generator has no prior, so 0 steps would paint nothing; give it some.")
         targets = self.guide.targets(prompts)
-        latents = self.begin(config, targets)
-        guidance = GuidanceConfig(config.steps, config.seed, flip=not any(prompt.has_sides for prompt in prompts))
+        latents = self.begin(config, targets, stop)
+        guidance = GuidanceConfig(steps, config.seed, flip=not any(prompt.has_sides for prompt in prompts))
         done = optimise(self.canvas, self.guide, targets, latents, guidance, on_step, stop)
         scores = self.scores(done.pictures, prompts, done.scores)
-        judge = (self.judge or self.guide).fingerprint
-        return self.rank(config, done.pictures, scores, done.steps, judge), done.stopped
+        return self.rank(config, done.pictures, scores, done.steps), done.stopped or len(done.pictures) < config.n
 
-    def rank(self, config: PaintConfig, pictures: Tensor, scores: list[float], steps: int, judge: str) -> list[Painted]:
-        """Pictures [n, 3, h, h] as they are after so many steps, and their scores -> the best first.
-
-        judge: the fingerprint of the model whose scores they are.
-        """
+    def rank(self, config: PaintConfig, pictures: Tensor, scores: list[float], steps: int) -> list[Painted]:
+        """Pictures [n, 3, h, h] as they are after so many steps, and their scores -> the best first."""
         painted = [
-            Painted(picture, score, number, self.facts(config, number, steps, score, judge))
+            Painted(picture, score, number, self.facts(config, number, steps, score))
             for number, (picture, score) in enumerate(zip(pictures, scores, strict=True))
         ]
         return sorted(painted, key=lambda one: -one.score)
 
-    def begin(self, config: PaintConfig, targets: Targets) -> list[Tensor]:
-        """The latents that guidance begins with: of the picture, of the prior, or random ones."""
+    def begin(self, config: PaintConfig, targets: Targets, stop: Callable[[], bool]) -> list[Tensor]:
+        """The latents that guidance begins with: of the picture, of the prior, or random ones. If it is stopped, of
+        those pictures alone that are begun: at least one.
+        """
         size = config.size or self.canvas.side
         if config.init is not None:
             return self.canvas.from_picture(load_image(config.init), config.n, size, config.strength)
         if self.prior is None or not isinstance(self.canvas, VQCanvas):
-            return start(self.canvas, self.guide, targets, config.n, size, config.seed)
+            return start(self.canvas, self.guide, targets, config.n, size, config.seed, stop)
         side = math.isqrt(self.prior.config.tokens) * self.canvas.factor
         if config.size not in (None, side):
             raise ClipmatchError(f"The prior paints pictures of {side} pixels; leave out the size.")
-        drafts = DRAFTS if config.steps else 1
-        seeds = range(config.seed, config.seed + config.n)
-        tokens = [draft(self.prior, self.canvas, self.guide, targets, seed, drafts) for seed in seeds]
+        drafts = DRAFTS if self.steps_of(config) else 1
+        tokens = list[Tensor]()
+        for seed in range(config.seed, config.seed + config.n):
+            if tokens and stop():
+                break
+            tokens.append(draft(self.prior, self.canvas, self.guide, targets, seed, drafts))
         return self.canvas.from_tokens(torch.cat(tokens), config.strength)
 
     def scores(self, pictures: Tensor, prompts: tuple[Prompt, ...], guide_scores: Tensor) -> list[float]:
@@ -137,7 +146,7 @@ class Painter:
         pixels = np.stack([self.judge.transform.pixels(to_image(picture)) for picture in pictures])
         return [float(score) for score in self.judge.encode_pixels(pixels) @ rows.T @ weights]
 
-    def facts(self, config: PaintConfig, number: int, steps: int, score: float, judge: str) -> dict[str, Any]:
+    def facts(self, config: PaintConfig, number: int, steps: int, score: float) -> dict[str, Any]:
         """What is to be remembered of a picture."""
         from clipmatch import __version__
 
@@ -145,11 +154,13 @@ class Painter:
             "prompt": config.prompt,
             "seed": config.seed + number,
             "steps": steps,
-            "planned steps": config.steps,  # rates fall by these: a painting that was stopped is not one of fewer steps
+            "planned steps": self.steps_of(
+                config
+            ),  # rates fall by these: a painting that was stopped is not one of fewer steps
             "guide": self.guide.fingerprint,
             "generator": f"{self.canvas.kind} {self.canvas.fingerprint}",
             **self.canvas.facts,
-            "judge": judge,
+            "judge": (self.judge or self.guide).fingerprint,
             "score": f"{score:.4f}",
             "Software": f"clipmatch {__version__}",
         }

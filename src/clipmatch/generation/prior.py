@@ -50,7 +50,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         require(self.side**2 == self.tokens, "tokens must be a square number", self.tokens)
-        require(self.side % SQUARE == 0, "the tokens of a side must be even in number", self.side)
+        require(self.side % SQUARE == 0, "a side of the pictures must be an even number of codes", self.side)
         require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
 
     @property

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,11 +30,11 @@ from clipmatch.config import from_json, to_json
 from clipmatch.data import CaptionedImage
 from clipmatch.embedder import BatchedEmbedder
 from clipmatch.errors import ClipmatchError
-from clipmatch.generation.looptools import adamw, generator_for, read_state, run_steps
+from clipmatch.generation.looptools import adamw, generator_for, read_state, refuse_begun, run_steps
 from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
 from clipmatch.generation.prior import Prior, PriorConfig, save_prior
 from clipmatch.generation.settings import PriorTraining
-from clipmatch.generation.vqgan import load_vqgan, pictures_of, tokens_of, vqgan_fingerprint
+from clipmatch.generation.vqgan import load_vqgan, pictures_of, pixels_per_code, tokens_of, vqgan_fingerprint
 from clipmatch.generation.vqtrain import save_sheet
 from clipmatch.runlog import note
 from clipmatch.runtime import choose_device, choose_precision, reuse_memory, seed_everything
@@ -78,24 +79,28 @@ def train_prior(
         for name, fingerprint in (("guide", guide.fingerprint), ("vqgan", vqgan_fingerprint(vqgan))):
             if saved.get(name, fingerprint) != fingerprint:
                 raise ClipmatchError(f"The run in {out} began with another {name} ({saved[name]}); name that one.")
+    else:
+        refuse_begun(out)
     settings = settings or PriorTraining()
     seed_everything(settings.seed)
     reuse_memory()
-    if not resume or not (out / ROWS).is_file():  # what a failed start has left may be of other models
-        write_rows(rows, vqgan, guide, out, progress)
-    data = PriorData(**load_file(out / ROWS))
+    # What can't be had is told before pictures are read.
+    choose_precision(choose_device(settings.device), settings.precision)
     codes = load_vqgan(vqgan)
     shape = {name: getattr(settings, name) for name in ("width", "local_width", "layers", "heads")}
     book = codes.quantize.embedding.weight
     config = PriorConfig(
-        tokens=data.tokens.shape[1],
+        tokens=(int(codes.config.sample_size) // pixels_per_code(codes)) ** 2,
         codes=len(book),
         code_width=book.shape[1],
-        embed_dim=data.pictures.shape[1],
+        embed_dim=guide.dim,
         guide=guide.fingerprint,
         vqgan=vqgan_fingerprint(vqgan),
         **shape,
     )
+    if not resume or not (out / ROWS).is_file():  # what a failed start has left may be of other models
+        write_rows(rows, codes, guide, out, progress)
+    data = PriorData(**load_file(out / ROWS))
     learner = PriorLearner(Prior(config, book), codes, data, settings, out)
     note(
         f"training: {sum(value.numel() for value in learner.prior.parameters()) / 1e6:.1f} million weights; "
@@ -110,10 +115,9 @@ def train_prior(
 
 
 def write_rows(
-    rows: Sequence[CaptionedImage], vqgan: str | Path, guide: BatchedEmbedder, out: Path, progress: bool
+    rows: Sequence[CaptionedImage], model: VQModel, guide: BatchedEmbedder, out: Path, progress: bool
 ) -> None:
     """Compute what training reads: each picture's tokens and embedding, each caption's embedding."""
-    model = load_vqgan(vqgan)
     size = int(model.config.sample_size)
     good = decode_pictures([row.path for row in rows], size, out / PIXELS, progress)
     pixels = open_pixels(out / PIXELS, size)

@@ -56,11 +56,10 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class PriorTraining:
-    """How to train."""
+    """How to train. width, layers: of the transformer, whose heads follow from its width."""
 
     width: int = 192
     layers: int = 6
-    heads: int = 6
     local_width: int = 64
     steps: int = 10_000
     batch_size: int = 64
@@ -74,10 +73,14 @@ class PriorTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rate", "width", "layers", "heads", "local_width"):
+        for name in ("steps", "batch_size", "rate", "width", "layers", "local_width"):
             require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
         for name in ("unprompted", "captioned"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1", getattr(self, name))
         require(self.noise >= 0, "noise must not be negative", self.noise)
-        require(self.width % self.heads == 0, "width must be a multiple of heads", self.width)
         require(0 <= self.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}", self.seed)
+
+    @property
+    def heads(self) -> int:
+        """As many as divide the width into parts of 32 numbers or somewhat more."""
+        return next(heads for heads in range(max(1, self.width // 32), 0, -1) if self.width % heads == 0)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clipmatch.config import from_json, to_json
 from clipmatch.crawl import list_images
 from clipmatch.errors import ClipmatchError
-from clipmatch.generation.looptools import adamw, generator_for, read_state, run_steps
+from clipmatch.generation.looptools import adamw, generator_for, read_state, refuse_begun, run_steps
 from clipmatch.generation.perceptual import FeatureDistance, PatchDiscriminator, load_distance
 from clipmatch.generation.pixelstore import PIXELS, batch_rows, decode_pictures, open_pixels, picture_batch
 from clipmatch.generation.settings import VQConfig
@@ -60,6 +60,8 @@ def train_vqgan(
     if resume:
         saved = read_state(out)["settings"]
         config, model = from_json(VQConfig, saved["config"]), saved["model"]
+    else:
+        refuse_begun(out)
     config = config or VQConfig()
     config = replace(config, perceptual=config.perceptual and absolute_name(config.perceptual))
     seed_everything(config.seed)
@@ -67,10 +69,13 @@ def train_vqgan(
     vqgan = load_vqgan(model).requires_grad_(True) if model else new_vqgan(config)
     if config.size % pixels_per_code(vqgan):
         raise ClipmatchError(f"The VQGAN {model} needs a --size that is a multiple of {pixels_per_code(vqgan)}.")
+    # What can't be had is told before pictures are read.
+    choose_precision(choose_device(config.device), config.precision)
+    distance = load_distance(config.perceptual) if config.perceptual else None
     if not resume or not (out / PIXELS).is_file():  # what a failed start has left may be of other pictures
         paths = list_images(pictures) if isinstance(pictures, str | Path) else pictures
         decode_pictures(paths, config.size, out / PIXELS, progress)
-    learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out, new=model is None)
+    learner = VQLearner(vqgan, open_pixels(out / PIXELS, config.size), config, out, distance, new=model is None)
     note(
         f"training: {sum(value.numel() for value in vqgan.parameters()) / 1e6:.1f} million weights, "
         f"{config.size // pixels_per_code(vqgan)} x {config.size // pixels_per_code(vqgan)} codes a picture; "
@@ -126,7 +131,15 @@ class CodeAverage(nn.Module):
 class VQLearner:
     """A VQGAN and what it learns by; see `run_steps`. new: whether it has not been trained before."""
 
-    def __init__(self, model: VQModel, pixels: NDArray[np.uint8], config: VQConfig, out: Path, new: bool = True):
+    def __init__(
+        self,
+        model: VQModel,
+        pixels: NDArray[np.uint8],
+        config: VQConfig,
+        out: Path,
+        distance: FeatureDistance | None = None,
+        new: bool = True,
+    ):
         self.free = round(FREE * config.steps) if new else 0  # steps
         self.config, self.pixels, self.out = config, pixels, out
         self.device = choose_device(config.device)
@@ -134,9 +147,7 @@ class VQLearner:
         self.model = model.to(self.device).train()
         self.codes = model.quantize.embedding.weight.requires_grad_(False)  # they move by averages, not by gradients
         self.average = CodeAverage(self.codes).to(self.device)
-        self.distance: FeatureDistance | None = None
-        if config.perceptual:
-            self.distance = load_distance(config.perceptual).to(self.device)
+        self.distance = distance.to(self.device) if distance else None
         order = np.random.default_rng(config.seed).permutation(len(pixels))
         held = min(256, max(1, round(HELD_OUT * len(pixels)))) if len(pixels) > 1 else 0
         self.dev, self.train = np.sort(order[:held]), order[held:]

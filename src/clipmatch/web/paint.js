@@ -33,7 +33,7 @@ export class Easel {
     this.bar = el("progress", { max: 1, value: 0, "aria-label": "Painted so far", hidden: true });
     this.said = el("p", { class: "hint", role: "status", "aria-live": "polite" });
     this.actions = el("div", { class: "actions", hidden: true });
-    this.near = el("section", { "aria-label": "The nearest photographs", hidden: true });
+    this.near = el("section", { class: "near", "aria-label": "The nearest photographs", hidden: true });
     this.dialog.append(
       el("div", { class: "head" }, el("h2", { text: "Paint it" }), iconButton("close", "Close (Esc)", () => this.dialog.close())),
       el("div", { class: "body" }, this.form, el("div", { class: "easel" }, this.picture, this.bar, this.said), this.actions, this.near),
