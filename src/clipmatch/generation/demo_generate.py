@@ -38,7 +38,7 @@ PAINTED = 16  # pictures on the sheet: of the first held-out scenes
 STOPPED = "The demo was stopped; the same command goes on where it was."
 # The guide goes on from the run with pictures made worse: a model that has not seen such is fooled by what it guides.
 GUIDE_SETTINGS: dict[str, Any] = {"epochs": 20, "evaluate_every": 20, "adversarial": 7.0}
-# Eight minutes on two quiet cores of an AMD EPYC with AVX512-BF16, ten beside other work; the demo prints its own.
+# Seven to ten minutes, with the prior, on two cores of an AMD EPYC with AVX512-BF16; the demo prints its own.
 VQ_SETTINGS = VQConfig(
     size=SIZE, channels=(64,), layers=1, codes=512, code_width=8, steps=6000, batch_size=4, rate=1.5e-3
 )
