@@ -35,6 +35,7 @@ from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
+from clipmatch.sanity import are_unit
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
@@ -124,7 +125,7 @@ def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bo
     with counter(len(missing), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
         for batch, done in in_order(embed, batches, pool, UNDER_WAY):
             pairs = zip(done.paths, done.rows, strict=True)
-            rows = {batch[path].digest: row for path, row in pairs if np.isfinite(row).all()}
+            rows = {batch[path].digest: row for path, row in pairs if are_unit(row)}
             store.upsert([], name.fingerprint, rows, {})
             summary.changed += len(rows)
             summary.failures += done.failures
@@ -323,7 +324,7 @@ def keep(
     """Store a batch that has been embedded -> its photographs and failures."""
     changed = changes(batch)
     pairs = zip(done.paths, done.rows, strict=True)
-    rows = {batch.digests[path]: row for path, row in pairs if np.isfinite(row).all() and path not in changed}
+    rows = {batch.digests[path]: row for path, row in pairs if are_unit(row) and path not in changed}
     reasons = {batch.digests[failure.path]: failure.reason for failure in done.failures}
     reasons |= {digest: CHANGED for digest, path in batch.first.items() if path in changed}
     elsewhere = {digest for digest in batch.digests.values() if digest not in batch.first}  # in a batch before
@@ -332,7 +333,7 @@ def keep(
         if digest in rows:
             del under_way[digest]  # from now on the store knows it
         else:
-            under_way[digest] = reasons.get(digest, "the model gives no finite vector for it")
+            under_way[digest] = reasons.get(digest, "the model gives no vector of length 1 for it")
     photos, failures = [], []
     for path, digest in batch.digests.items():
         if path in changed:
