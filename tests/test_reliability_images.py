@@ -145,8 +145,8 @@ def test_a_file_that_grows_as_fast_as_it_is_read_is_hashed_to_where_it_ended(tmp
                 file.write(b"y" * 20)
             return super().read(count)
 
-    monkeypatch.setattr("clipmatch.ingest.READ", 10)
-    monkeypatch.setattr("clipmatch.ingest.open_file", Growing)
+    monkeypatch.setattr("clipmatch.archive.READ", 10)
+    monkeypatch.setattr("clipmatch.archive.open_file", Growing)
     assert hash_files([path]) == ({path: hashlib.sha256(b"x" * 100).hexdigest()}, [])
 
 
