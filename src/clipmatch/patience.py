@@ -68,7 +68,10 @@ def patiently(work: Callable[[], T]) -> T:
         raise
     idle.append(aside)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # which would keep this frame, and this frame it
     return made  # type: ignore[no-any-return]
 
 
