@@ -8,7 +8,8 @@ reason. It is lost if neither holds, if it had to be embedded and was not, or ha
 that: the largest difference between a vector and that of the same picture without bad neighbours, seconds, and the peak
 memory of the largest command so far.
 
-    index      clipmatch index, while other files change; then once more, in peace
+    index      clipmatch index, while other files change, of which those count that it has come across; then once more,
+               in peace
     evaluate   clipmatch evaluate on captions that name every file
     train      clipmatch train --towers compact, the same
     serve      clipmatch serve: both renditions of every photograph in the index, and a search by every file, sent
@@ -29,13 +30,14 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from badimages import BAD, GOOD, Case, encoded, make_corpus, scene
+from badimages import BAD, EITHER, GOOD, Case, encoded, make_corpus, scene
 from common import machine, machine_line, table, write_json
 
 from clipmatch.embedder import load_model
@@ -45,6 +47,21 @@ from clipmatch.output import printable
 ROUNDS = ("index", "evaluate", "train", "serve")
 PATIENCE = 300  # seconds for a command, 60 for an answer of the server
 CLIPMATCH = (sys.executable, "-m", "clipmatch.cli")
+NOTED = """
+import os, sys
+from clipmatch import cli, ingest
+
+place, compare = sys.argv.pop(1), ingest.compare
+
+def noted(*given):
+    found = compare(*given)
+    with open(place, "wb") as file:
+        file.write(bytes(1).join(os.fsencode(item.path) for item in found.fresh))
+    return found
+
+ingest.compare = noted
+cli.main()
+"""  # clipmatch, with a file that says which files its walk has found: one that goes before is none of its business
 
 
 @dataclass
@@ -68,18 +85,31 @@ class Round:
         before = self.kinds.get(case.kind, [0, 0, 0])
         self.kinds[case.kind] = [before[0] + 1, before[1] + survived, before[2] + listed]
         if survived == listed:
-            self.lost[name] = "embedded and listed" if survived else "neither embedded nor listed"
+            self.lost[f"{name} ({case.kind})"] = "embedded and listed" if survived else "neither embedded nor listed"
         elif case.fate == GOOD and not survived:
             self.lost[name] = f"a good picture, refused: {reason}"
         elif case.fate == BAD and survived:
             self.lost[name] = "a bad picture, embedded"
 
+    def judge_all(self, cases: Sequence[Case], stderr: str, file: Path, root: Path) -> dict[Path, np.ndarray]:
+        """Count files by what an update has said, and what is in the index then -> their vectors."""
+        told, rows = reasons(stderr), embedded(file, cases)
+        for case in cases:
+            self.judge(case, case.path in rows, told.get(printable(case.path)), root)
+        return rows
 
-def call(*arguments: object) -> tuple[str, str, float, float]:
+
+def embedded(file: Path, cases: Sequence[Case]) -> dict[Path, np.ndarray]:
+    """The vectors that an index has of some files."""
+    with Index.open(file) as opened:
+        return opened.store.rows_of([case.path for case in cases])
+
+
+def call(*arguments: object, program: Sequence[object] = CLIPMATCH) -> tuple[str, str, float, float]:
     """Run clipmatch -> stdout, stderr, seconds, and the peak memory in MB of the largest command so far."""
     start = time.perf_counter()
     done = subprocess.run(
-        [*CLIPMATCH, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*map(str, [*program, *arguments])], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     if done.returncode or "Traceback" in done.stderr:
         raise SystemExit(f"clipmatch {arguments[0]} ended with {done.returncode}: {done.stderr[-3000:]}")
@@ -128,16 +158,16 @@ def restless(folder: Path):
 
 def index(root: Path, cases: list[Case], file: Path) -> Round:
     """`clipmatch index`, twice."""
-    place = root / "restless"
+    place, noted = root / "restless", file.with_name("noted")
     with restless(place) as paths:
-        _, _, first, _ = call("index", root, "--index", file)
-    _, stderr, second, peak = call("index", root, "--index", file)
-    told, found = reasons(stderr), Round(seconds=first + second, peak_mb=peak)
+        _, stderr, first, _ = call("index", root, "--index", file, program=(sys.executable, "-c", NOTED, noted))
+    met = [Path(os.fsdecode(name)) for name in noted.read_bytes().split(b"\0")]
+    found = Round()
+    found.judge_all([Case(path, "while it changes", EITHER) for path in paths if path in met], stderr, file, root)
+    _, stderr, second, found.peak_mb = call("index", root, "--index", file)
+    found.seconds = first + second
     cases = cases + [Case(path, "restless", GOOD) for path in paths]
-    with Index.open(file) as opened:
-        rows = opened.store.rows_of([case.path for case in cases])
-    for case in cases:
-        found.judge(case, case.path in rows, told.get(printable(case.path)), root)
+    rows = found.judge_all(cases, stderr, file, root)
     good = [case.path for case in cases if case.fate == GOOD and case.path in rows]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd EXIF data

@@ -10,6 +10,7 @@ from colours import ColourEmbedder, paint
 
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
+from clipmatch.sanity import are_unit
 from clipmatch.store import Filter
 
 DIM = ColourEmbedder.dim
@@ -201,7 +202,10 @@ VECTORS = {
     "one number": (blob(1), rows_of(1, of=1)),
     "not finite": (blob(NAN, NAN, NAN), rows_of(NAN, NAN, NAN)),
     "with holes": (blob(0, INF, 0), rows_of(0, None, 1)),
-    "too long": (blob(3e38, 3e38, 3e38), rows_of(3e38, 3e38, 3e38)),
+    "beyond all": (blob(3e38, 3e38, 3e38), rows_of(3e38, 3e38, 3e38)),
+    "before all others": (blob(1, 1, 1), rows_of(1, 1, 1)),
+    "too short": (blob(0.5, 0.5, 0.5), rows_of(0.5, 0.5, 0.5)),
+    "without a direction": (blob(0, 0, 0), rows_of(0, 0, 0)),
 }
 MODELS = {
     "a list": about_model("[]"),
@@ -228,6 +232,8 @@ CONCEPTS = {
     "no direction": ("row = x'00'", filled("row", None)),
     "not finite": (f"row = {blob(0, 0, NAN)}", filled("row", [0, None, 1])),
     "another length": (f"row = {blob(0, 1)}", filled("row", [0, 1])),
+    "stronger than words": (f"row = {blob(1, 1, 1)}", filled("row", [1, 1, 1])),
+    "a direction of no length": (f"row = {blob(0, 0, 0)}", filled("row", [0, 0, 0])),
     "examples that are numbers": ("examples = '[7]'", filled("examples", [None])),
     "precision that is text": ("precision = 'good'", filled("precision", "good", "string")),
     "a name of bytes": ("name = x'00'", filled("name", None)),
@@ -249,6 +255,17 @@ SENSELESS = {
 
 def test_what_makes_sense_is_read(made, kind):
     use(made(kind))
+
+
+def test_rows_of_fewer_bits_are_unit_rows():
+    rows = np.random.default_rng(0).normal(size=(1000, 256)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    step = np.abs(rows).max(axis=1, keepdims=True) / 127
+    assert are_unit(rows.astype(np.float16).astype(np.float32)).all()
+    assert are_unit((rows.view(np.uint32) & 0xFFFF0000).view(np.float32)).all()  # bfloat16, cut off
+    assert are_unit(np.rint(rows / step) * step).all()  # int8
+    assert not are_unit(rows * 1.02).any()
+    assert not are_unit(rows * 0.98).any()
 
 
 @pytest.mark.parametrize("what", SENSELESS)

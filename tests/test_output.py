@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import tarfile
 from base64 import b64decode
 from datetime import datetime
 from html import unescape
@@ -381,6 +382,21 @@ def test_a_photograph_that_has_gone_is_reported_and_the_others_are_placed(found,
     (failure,) = place_matches(found, tmp_path / "out", place)
     assert (failure.path, failure.reason) == (found[1].path, "no such file or directory")
     assert sorted(contents(tmp_path / "out")) == ["01_dog.jpg", "03_lying.jpg"]
+
+
+def test_pictures_in_an_archive_are_copied_out_of_it_and_not_linked(red, tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(red, "sub/dog.jpg")
+    inside = [Match(tmp_path / "shard.tar" / "sub" / name, 0.5) for name in ("dog.jpg", "cat.jpg")]
+    for _ in range(2):  # a second run leaves what the first has made
+        (failure,) = place_matches(inside, tmp_path / "out", copy_file)
+        assert (failure.path, failure.reason) == (inside[1].path, "no such file or directory")
+        assert (tmp_path / "out" / "01_dog.jpg").read_bytes() == red.read_bytes()
+    failures = place_matches(inside[:1], tmp_path / "links", link_file)
+    assert [failure.reason for failure in failures] == ["it is in an archive; --copy-to copies it out"]
+    (tmp_path / "out" / "01_dog.jpg").write_bytes(b"mine")
+    with pytest.raises(ClipmatchError, match="is there already and is something else"):
+        place_matches(inside[:1], tmp_path / "out", copy_file)
 
 
 def test_a_full_disk_leaves_no_half_copy(red, tmp_path, monkeypatch):

@@ -213,6 +213,16 @@ def test_a_new_model_is_taught_anew(index, colours, tmp_path):
         index.find("@lost")
 
 
+def test_a_picture_and_its_copy_that_is_said_not_to_show_it(colours, tmp_path):
+    """Nothing can be learnt of them: not a concept without a direction, which no index would be read with again."""
+    copy = tmp_path / "copy.png"
+    copy.write_bytes((colours / "yellow00.png").read_bytes())
+    with Index.open(tmp_path / "empty.sqlite", ColourEmbedder()) as index:
+        with pytest.raises(ClipmatchError, match="the pictures that show @sunny are those that do not; choose others"):
+            index.teach("sunny", [colours / "yellow00.png"], [copy])
+        assert index.concepts() == []
+
+
 def test_concepts_move_to_another_index(index, colours, tmp_path):
     index.teach("sunny", [colours / "yellow00.png", colours / "yellow09.png"])
     values = json.loads(json.dumps(index.export_concepts()))
@@ -220,7 +230,7 @@ def test_concepts_move_to_another_index(index, colours, tmp_path):
         assert other.import_concepts(values) == 1
         assert other.concepts()[0].row == pytest.approx(index.concepts()[0].row)
         for change in ({"row": [5.0, *values["concepts"][0]["row"][1:]]}, {"examples": [""]}):
-            with pytest.raises(ValueError, match=r"has numbers above 1|a path is none"):
+            with pytest.raises(ValueError, match=r"of @sunny is not of length 1|a path is none"):
                 other.import_concepts({**values, "concepts": [values["concepts"][0] | change]})
         assert other.concepts()[0].row == pytest.approx(index.concepts()[0].row)
     with (

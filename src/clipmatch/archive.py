@@ -9,6 +9,7 @@ that each process makes once an archive from the headers alone. All functions ma
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import tarfile
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from clipmatch.imageformats import SUFFIXES
+from clipmatch.patience import count_anew, patiently
 from clipmatch.remote import is_remote, open_raw, read_whole, status_of
 from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import read_row, row_names
@@ -25,6 +27,7 @@ from clipmatch.tablefiles import read_row, row_names
 TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a table takes about 2 MB
 TEXTS = 8  # archives of which the other files are known as well: whoever reads these goes through them in turn
 BLOCK = 512  # bytes, of a header
+READ = 1 << 20  # bytes hashed at once
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -65,6 +68,26 @@ def read_bytes(path: Path) -> bytes:
     if place is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return read_at(archive, *place)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256, in hex, of the bytes of an ordinary file or of a member of an archive. Raises OSError.
+
+    That is TimeoutError if the next part of it does not come within `patience.LIMIT` seconds.
+    """
+
+    def compute() -> str:
+        sha = hashlib.sha256()
+        with open_file(path) as file:
+            left = file.seek(0, io.SEEK_END)  # a file may grow as fast as it is read
+            file.seek(0)
+            while left > 0 and (block := file.read(min(left, READ))):
+                count_anew()  # a large file on a slow line takes long, and comes
+                sha.update(block)
+                left -= len(block)
+        return sha.hexdigest()
+
+    return patiently(compute)
 
 
 def read_small(path: Path, limit: int) -> bytes | None:

@@ -100,10 +100,10 @@ def serve_command(
             click.launch(address)
         with contextlib.suppress(KeyboardInterrupt):  # which is how it is meant to end
             server_of(app).run(sockets=[server])
-        leave(app)
+        end(app)
 
 
-def leave(app: FastAPI) -> None:
+def end(app: FastAPI) -> None:
     """End the process, also while a long question to the index is under way.
 
     Such a question only reads; and should it keep a concept, that is one transaction, which is there or not.

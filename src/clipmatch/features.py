@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipmatch.archive import read_bytes
+from clipmatch.archive import digest_of
 from clipmatch.checkpoint import Checkpoint
 from clipmatch.config import to_json
 from clipmatch.errors import ClipmatchError, Failure
@@ -220,7 +220,7 @@ def content_keys(paths: Sequence[Path]) -> tuple[list[str], list[Failure]]:
     digests, failures = [], []
     for path in paths:
         try:
-            digests.append(hashlib.sha256(read_bytes(path)).hexdigest()[:32])
+            digests.append(digest_of(path)[:32])
         except OSError as error:
             digests.append("")
             failures.append(Failure(path, error.strerror or "can't be read"))

@@ -28,7 +28,7 @@ from clipmatch.photo import Photo
 from clipmatch.query import Query, Term, concept_name, parse_query
 from clipmatch.remote import absolute, address_of, is_remote
 from clipmatch.runtime import cache_folder
-from clipmatch.sanity import check_concept
+from clipmatch.sanity import are_unit, check_concept
 from clipmatch.search import Match, Matches, Request, Stacking, need_calibration, search, sum_of_terms
 from clipmatch.storage import PhotoStore, default_index, open_store
 from clipmatch.store import Filter, ModelName, Root, check_model
@@ -221,6 +221,8 @@ class Index:
         known.update(zip(made.paths, made.rows, strict=True))
         good, bad_rows = (rows_in({path: known[path] for path in paths}, self.embedder.dim) for paths in files)
         row, precision = learn(good, bad_rows, rest), leave_one_out(good, bad_rows, rest)
+        if not are_unit(row):
+            raise ClipmatchError(f"To this model the pictures that show @{plain} are those that do not; choose others.")
         concept = Concept(plain, row, tuple(files[0]), tuple(files[1]), precision)
         if self.store.model is None:
             with self.store.writer():
@@ -276,8 +278,6 @@ class Index:
             name = concept_name(str(value["name"]))
             if value["model"] != self.embedder.fingerprint or row.shape != (self.embedder.dim,):
                 raise ClipmatchError(f"The concept @{name} was taught to another model than that of this index.")
-            if not np.isfinite(row).all():
-                raise ValueError(f"@{name} has no numbers")
             examples, others = (tuple(map(Path, value[key])) for key in ("examples", "others"))
             precision = value["precision"]
             concept = Concept(name, row, examples, others, None if precision is None else float(precision))

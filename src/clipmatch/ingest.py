@@ -9,13 +9,12 @@ embedded and another is hashed, so an interruption costs those under way.
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,24 +23,25 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from clipmatch.archive import locate, open_file
+from clipmatch.archive import digest_of, locate
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.listing import is_archive, pictures_in
+from clipmatch.patience import patiently, too_long
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
+from clipmatch.sanity import are_unit
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
 BATCH = 64  # files between two commits
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
 SHOWN = 64  # files from which on there is a progress bar
-READ = 1 << 20  # bytes hashed at once
 CHANGED = "it changed while it was read; the next update takes it in"
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bo
     with counter(len(missing), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
         for batch, done in in_order(embed, batches, pool, UNDER_WAY):
             pairs = zip(done.paths, done.rows, strict=True)
-            rows = {batch[path].digest: row for path, row in pairs if np.isfinite(row).all()}
+            rows = {batch[path].digest: row for path, row in pairs if are_unit(row)}
             store.upsert([], name.fingerprint, rows, {})
             summary.changed += len(rows)
             summary.failures += done.failures
@@ -143,7 +143,7 @@ def is_readable(path: Path) -> bool:
     """Whether a file, or the archive that it is in, can be opened."""
     inside = locate(path)
     try:
-        with open_raw(inside[0] if inside else path):
+        with patiently(partial(open_raw, inside[0] if inside else path)):
             return True
     except OSError:
         return False
@@ -323,7 +323,7 @@ def keep(
     """Store a batch that has been embedded -> its photographs and failures."""
     changed = changes(batch)
     pairs = zip(done.paths, done.rows, strict=True)
-    rows = {batch.digests[path]: row for path, row in pairs if np.isfinite(row).all() and path not in changed}
+    rows = {batch.digests[path]: row for path, row in pairs if are_unit(row) and path not in changed}
     reasons = {batch.digests[failure.path]: failure.reason for failure in done.failures}
     reasons |= {digest: CHANGED for digest, path in batch.first.items() if path in changed}
     elsewhere = {digest for digest in batch.digests.values() if digest not in batch.first}  # in a batch before
@@ -332,7 +332,7 @@ def keep(
         if digest in rows:
             del under_way[digest]  # from now on the store knows it
         else:
-            under_way[digest] = reasons.get(digest, "the model gives no finite vector for it")
+            under_way[digest] = reasons.get(digest, "the model gives no vector of length 1 for it")
     photos, failures = [], []
     for path, digest in batch.digests.items():
         if path in changed:
@@ -341,7 +341,7 @@ def keep(
             photos.append(photograph(path, digest, batch, relatives))
         else:
             failures.append(Failure(path, under_way[digest]))
-    passing = {*LACKING, CHANGED, *changed.values()}
+    passing = {*LACKING, CHANGED, too_long(), *changed.values()}
     lasting = [failure for failure in failures if failure.reason not in passing]
     store.upsert(
         photos, model, rows, {failure.path: (batch.stamps[failure.path], failure.reason) for failure in lasting}
@@ -359,7 +359,7 @@ def changes(batch: Batch) -> dict[Path, str]:
         if is_remote(path) or locate(path) is not None:
             continue
         try:
-            status = path.stat()
+            status = patiently(path.stat)
         except OSError as error:
             found[path] = plain_reason(error)
             continue
@@ -414,17 +414,10 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
     """SHA-256 of each file's bytes, and the files that can't be read."""
 
     def digest(path: Path) -> str | Failure:
-        sha = hashlib.sha256()
         try:
-            with open_file(path) as file:
-                left = file.seek(0, io.SEEK_END)  # a file may grow as fast as it is read
-                file.seek(0)
-                while left > 0 and (block := file.read(min(left, READ))):
-                    sha.update(block)
-                    left -= len(block)
+            return digest_of(path)
         except OSError as error:
             return Failure(path, plain_reason(error))
-        return sha.hexdigest()
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         results = list(zip(paths, pool.map(digest, paths), strict=True))

@@ -21,7 +21,7 @@ import click
 
 from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
-from clipmatch.remote import address_of, open_raw
+from clipmatch.remote import address_of, is_remote
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+NO_LINK = "it is in an archive; --copy-to copies it out"
 LONGEST_NAME = 255  # bytes, on the usual file systems
 THUMBNAIL = (320, 320)  # pixels at most, on a page
 NO_PICTURES = (
@@ -262,14 +263,18 @@ def place_matches(
     Never overwrites; what an earlier run has placed is left as it is. Raises ClipmatchError when a file is in the way
     or can't be written.
     """
+    from clipmatch.archive import locate, open_file
     from clipmatch.errors import Failure
     from clipmatch.preprocess import plain_reason
 
     failures = []
     make_folder(folder)
     for source, target in targets(matches, folder, first):
+        if place is link_file and locate(source):
+            failures.append(Failure(source, NO_LINK))
+            continue
         try:
-            open_raw(source).close()
+            open_file(source).close()
         except OSError as error:
             failures.append(Failure(source, plain_reason(error)))
             continue
@@ -311,12 +316,23 @@ def make_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy contents and times, unless it is done already. Raises ClipmatchError if another file is in the way."""
+    """Copy contents and, of an ordinary file, times, unless it is done already; a picture in an archive is copied out
+    of it. Raises ClipmatchError if another file is in the way.
+    """
+    from clipmatch.archive import locate, read_bytes
+
+    ordinary = locate(source) is None and not is_remote(source)
+    data = b"" if ordinary else read_bytes(source)
     if os.path.lexists(target):
-        if target.is_symlink() or not filecmp.cmp(source, target, shallow=False):
+        if target.is_symlink():
+            raise in_the_way(target)
+        if not (filecmp.cmp(source, target, shallow=False) if ordinary else read_bytes(target) == data):
             raise in_the_way(target)
         return
     with atomic_file(target, replace=False) as draft:  # half a copy would be in the way of the next try
+        if not ordinary:
+            draft.write_bytes(data)
+            return
         shutil.copyfile(source, draft)
         status = source.stat()
         os.utime(draft, ns=(status.st_atime_ns, status.st_mtime_ns))

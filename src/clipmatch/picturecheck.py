@@ -12,7 +12,6 @@ hence 6.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from clipmatch.archive import read_bytes
+from clipmatch.archive import digest_of
 from clipmatch.preprocess import ImageError, load_image, plain_reason
 from clipmatch.runtime import usable_cores
 
@@ -77,7 +76,7 @@ def look(path: Path, picture_hash: PictureHash | None) -> Look:
     """Open one file."""
     try:
         image = load_image(path, min_size=SIDE)
-        digest = hashlib.sha256(read_bytes(path)).hexdigest()
+        digest = digest_of(path)
     except ImageError as error:
         return Look(reason=error.reason)
     except OSError as error:  # it has gone since

@@ -11,11 +11,11 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
-from threading import Lock
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
 from clipmatch.metadata import orientation_of, read_metadata
+from clipmatch.patience import Turn, patiently
 from clipmatch.photo import Metadata
 from clipmatch.tokenizer import as_tensor
 
@@ -39,9 +40,11 @@ SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # its 
 BLOCK = 1 << 20  # bytes looked at once
 LARGE = 32_000_000  # pixels; of larger pictures a process decodes one at a time
 BAND = 4_000_000  # pixels converted at once
-large_turn = Lock()
+large_turn = Turn()
 
 Picture: TypeAlias = "Image.Image | npt.NDArray[np.uint8]"
+Settings = ParamSpec("Settings")
+Made = TypeVar("Made")
 
 RESAMPLE = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -74,6 +77,22 @@ class ImageError(ClipmatchError):
 # Image files --------------------------------------------------------------------------------------------------------
 
 
+def in_time(
+    read: Callable[Concatenate[str | Path, Settings], Made],
+) -> Callable[Concatenate[str | Path, Settings], Made]:
+    """The same for a file that may hang, or its decoder: after `patience.LIMIT` seconds it is an `ImageError`."""
+
+    @wraps(read)
+    def read_in_time(path: str | Path, *given: Settings.args, **named: Settings.kwargs) -> Made:
+        try:
+            return patiently(partial(read, path, *given, **named))
+        except TimeoutError as error:
+            raise ImageError(Path(path), plain_reason(error)) from error
+
+    return read_in_time
+
+
+@in_time
 def load_image(
     path: str | Path, min_size: int | None = None, data: bytes | None = None, most: int | None = None
 ) -> Image.Image:
@@ -88,6 +107,7 @@ def load_image(
         return decoded(image, min_size, most)
 
 
+@in_time
 def open_photo(
     path: str | Path, min_size: int | None = None, sidecars: bool = True, told: str | None = None
 ) -> tuple[Image.Image, Metadata]:
@@ -99,6 +119,7 @@ def open_photo(
         return decoded(image, min_size), metadata
 
 
+@in_time
 def read_header(path: str | Path, sidecars: bool = True, told: str | None = None) -> Metadata:
     """What an image file says about its picture, which is decoded only if need be (PNG). Raises ImageError.
 

@@ -22,6 +22,7 @@ from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.photo import Stamp
 
 KEPT = 256 << 20  # bytes
+PART = 1 << 20  # bytes read at once
 fetched: dict[Path, bytes] = {}  # the oldest first
 turn = Lock()
 NOT_REGULAR = "it is not a regular file"
@@ -76,8 +77,14 @@ def read_whole(path: Path) -> bytes:
         data = fetched.pop(path, None)
     if data is not None:
         return data
+    from clipmatch.patience import count_anew  # a query does without it
+
+    parts = []
     with open_raw(path) as file:
-        data = file.read()
+        while part := file.read(PART):
+            parts.append(part)
+            count_anew()  # a large file on a slow line takes long, and comes
+    data = b"".join(parts)
     with turn:
         fetched[path] = data
         while sum(map(len, fetched.values())) > KEPT:

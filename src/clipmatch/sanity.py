@@ -19,7 +19,7 @@ from clipmatch.photo import Photo, Stamp
 from clipmatch.teaching import Concept
 
 DIGEST = 64  # digits of a SHA-256
-UNIT = 1.01  # a number of a unit vector is at most 1, and a little more where it was rounded
+ROUNDED = 0.01  # by which the length of a unit row may differ from 1, above what numbers of 16 bits round off
 SENSELESS = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -64,10 +64,16 @@ def check_photo(photo: Photo) -> Photo:
 
 
 def check_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit rows [n, d], or one [d]: numbers that such rows can have."""
-    fine = not rows.size or (rows.max() <= UNIT and rows.min() >= -UNIT)  # no comparison with NaN is true
-    require(bool(fine), "a vector is not finite, or has numbers above 1")
+    """Unit rows [n, d], or one [d]: their products are taken for cosines, so others would come before all, or after."""
+    require(bool(are_unit(rows).all()), "a vector is not of length 1")
     return rows
+
+
+def are_unit(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which of some rows [n, d] are of length 1 [n]; of one [d] whether it is."""
+    squares = np.einsum("...d,...d->...", rows, rows)  # in one pass, which takes no longer than a look at each number
+    fine: NDArray[np.bool_] = np.abs(np.sqrt(squares) - 1) <= ROUNDED  # no comparison with NaN is true
+    return fine
 
 
 def check_concept(model: str, concept: Concept, width: int | None) -> tuple[str, Concept]:
@@ -75,7 +81,7 @@ def check_concept(model: str, concept: Concept, width: int | None) -> tuple[str,
     require(isinstance(model, str) and isinstance(concept.name, str), "a concept has no name or no model")
     require(concept.row.shape == (width or concept.row.size,), f"the vector of @{concept.name} has another length")
     require(isinstance(concept.precision, float | None), f"the precision of @{concept.name} is no number")
-    check_rows(concept.row)
+    require(bool(are_unit(concept.row)), f"the vector of @{concept.name} is not of length 1")
     for path in (*concept.examples, *concept.others):
         check_path(path)
     return model, concept

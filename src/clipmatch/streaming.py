@@ -17,6 +17,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -34,6 +35,7 @@ from clipmatch.data import SURROGATE, CaptionedImage, Splits, content_hash, hash
 from clipmatch.errors import ClipmatchError
 from clipmatch.folders import has_shards, image_root, list_shards, sample_captions, sample_picture, samples_of, split_of
 from clipmatch.model import CLIPModel
+from clipmatch.patience import patiently
 from clipmatch.preprocess import ImageError, Transform, load_image
 from clipmatch.ranks import Ranks
 from clipmatch.runlog import note
@@ -274,7 +276,7 @@ class StreamedImages(LiveImages):
         """One picture, decoded. Raises ImageError."""
         try:
             shard, sample = self.rows.sample(item)
-            data = read_at(shard.path, sample.offset, sample.size)
+            data = patiently(partial(read_at, shard.path, sample.offset, sample.size))
         except OSError as error:
             raise ImageError(Path(error.filename or "an archive"), error.strerror or "can't be read") from error
         return load_image(shard.path / sample.name, min_size, data)
