@@ -22,8 +22,8 @@ from clipmatch.errors import ClipmatchError, own_version
 from clipmatch.index import Index, name_of
 from clipmatch.lancesearch import LanceCollection
 from clipmatch.lancestore import LanceStore
-from clipmatch.metadata import sidecar_stamp
 from clipmatch.photo import Metadata, Photo, Stamp
+from clipmatch.sidecars import sidecar_stamp, told_stamp
 from clipmatch.store import Filter, ModelName, Root, Store
 from clipmatch.transfer import copy_store
 
@@ -408,7 +408,7 @@ def test_side_cars_go_before_the_words_of_a_table_in_a_share(tmp_path, monkeypat
     size, modified = picture.stat().st_size, picture.stat().st_mtime_ns
     both = [
         Found(picture, Stamp(size, modified, sidecar_stamp(picture))),
-        Found(picture, Stamp(size, modified, -9), "In a table ."),
+        Found(picture, Stamp(size, modified, told_stamp("In a table .", None)), "In a table ."),
     ]
     with Index.open(tmp_path / "photos.lance", ColourEmbedder()) as index:
         index.store.bind(name_of(index.embedder))

@@ -10,11 +10,15 @@ from captionfiles import pack, picture
 from colours import ColourEmbedder, paint
 
 from clipmatch import remote
+from clipmatch.crawl import Found
 from clipmatch.errors import Failure
 from clipmatch.index import Index
-from clipmatch.listing import files_at, pictures_in
+from clipmatch.ingest import is_unchanged
+from clipmatch.listing import files_at, pictures_in, taken_once, with_sidecars
+from clipmatch.photo import Stamp
 from clipmatch.preprocess import read_header
 from clipmatch.remote import absolute
+from clipmatch.sidecars import has_sidecars, told_stamp
 
 XMP = (
     b"<x:xmpmeta xmlns:x='adobe:ns:meta/' xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'"
@@ -135,6 +139,41 @@ def test_pictures_that_are_listed_and_named_by_a_table(index, named, order):
         for at in order:
             index.update([sources[at]], progress=False)
     assert captions(index, named) == {**expected, "red.png": "In the table ."}
+
+
+@pytest.mark.parametrize("roots", [("table.parquet",), ("table.parquet", "."), (".", "table.parquet")])
+def test_captions_follow_table_and_side_cars(index, named, roots):
+    """What is taken away is noticed as well, and a side-car without words leaves those of the table."""
+    table, sources = named / "table.parquet", [named / root for root in roots]
+    (named / "blue.xmp").write_text("<x/>")
+    paths = ["red.png", "lime.png", "blue.png"]
+
+    def updated(*texts):
+        pq.write_table(pa.table({"file_name": paths, "text": pa.array(texts, pa.string())}), table)
+        index.update(sources, progress=False)
+        assert (index.update(sources, progress=False).unchanged, index.update(progress=False).unchanged) == (3, 3)
+        return [captions(index, named)[path] for path in paths]
+
+    assert updated("Red .", "Lime .", "Blue .") == ["Beside it .", "Lime .", "Blue ."]
+    (named / "red.txt").unlink()
+    assert updated("Red .", None, "Sky .") == ["Red .", None, "Sky ."]
+
+
+def test_a_picture_that_is_listed_and_named_is_one():
+    """As on object storage, where a table doesn't know what lies beside the picture; in either order."""
+    path = absolute("s3://bucket/a.png")
+    listed = Found(path, Stamp(1, 2, 5 << 40))
+    told = Found(path, Stamp(1, 2, told_stamp("A .", None)), "A .")
+    both = Found(path, Stamp(1, 2, told_stamp("A .", 5 << 40)), "A .")
+    assert taken_once([listed, told]) == taken_once([told, listed]) == [both]
+    assert with_sidecars(told, listed.stamp) == both
+    assert all(is_unchanged(item.stamp, both.stamp) for item in (listed, told, both))
+    assert not is_unchanged(told.stamp, listed.stamp)  # it has something to say
+    assert not is_unchanged(listed.stamp, told.stamp)
+    assert is_unchanged(Stamp(1, 2), told.stamp)
+    assert not is_unchanged(Stamp(1, 2, told_stamp(None, None)), both.stamp)  # its caption was taken away
+    assert has_sidecars(both.stamp.sidecar)
+    assert not has_sidecars(told.stamp.sidecar)
 
 
 def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from clipmatch.ingest import Comparison, Summary, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.leave import give
-from clipmatch.listing import ARCHIVES, files_at, is_archive, pictures_in
+from clipmatch.listing import ARCHIVES, files_at, is_archive, pictures_in, taken_once
 from clipmatch.photo import Stamp
 from clipmatch.remote import absolute, is_remote
 from clipmatch.runtime import usable_cores
@@ -263,8 +263,7 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Files -> one row that counts them."""
         listed = from_table(batch)
-        # Tables may name what is listed as well: what lies beside a picture goes before their words.
-        files = {item.path: item for item in sorted(listed, key=tells)}.values()
+        files = taken_once(listed)
         there, summary = Comparison(), Summary()
         known, broken = self.store.stamps_of(item.path for item in files)
         there.known |= known.keys()
@@ -288,11 +287,6 @@ DONE = pa.schema(
         ("numbers", pa.list_(pa.int64())),
     ]
 )
-
-
-def tells(item: Found | Failure) -> int:
-    """How much what is found says of a picture's caption: nothing, a table's words, side-cars."""
-    return 0 if isinstance(item, Failure) else 2 * (item.stamp.sidecar > 0) + (item.stamp.sidecar < -1)
 
 
 def as_table(files: Iterable[Found | Failure]) -> pa.Table:

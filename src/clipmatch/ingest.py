@@ -29,12 +29,13 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
-from clipmatch.listing import is_archive, pictures_in
+from clipmatch.listing import is_archive, pictures_in, with_sidecars
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
+from clipmatch.sidecars import has_sidecars, is_known
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
@@ -168,7 +169,7 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     seen: set[Path] = set()
     kept: list[Path] = []  # what lies below can't be told to be gone
     failed: set[Path] = set()
-    for root in roots:
+    for root in sorted(roots, key=lambda root: not is_archive(root.path)):  # a table says more than the folder
         known, broken = store.stamps(root.path)
         failed |= broken.keys()
         items: Iterable[Found | Failure] = files_below(root)
@@ -237,19 +238,14 @@ def sort_out(
     elif item.path in broken and is_unchanged(item.stamp, broken[item.path][0]):
         summary.failures.append(Failure(item.path, broken[item.path][1]))
     else:
-        found.fresh.append(item)
+        found.fresh.append(with_sidecars(item, known.get(item.path)))
 
 
 def is_unchanged(now: Stamp, known: Stamp | None) -> bool:
-    """Whether a file is as the store knows it.
-
-    A picture that a table names may be found by itself as well, as two stamps: what lies beside it goes before what a
-    table says of it, and that before nothing, whichever comes last.
-    """
+    """Whether a file is as the store knows it, by whatever has found it: its folder, or a table that names it."""
     if known is None or (now.size, now.mtime) != (known.size, known.mtime):
         return False
-    silent = now.sidecar == -1 or (now.sidecar < 0 < known.sidecar) or (now.sidecar == 0 > known.sidecar)
-    return silent or now.sidecar == known.sidecar
+    return is_known(now.sidecar, known.sidecar)
 
 
 def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
@@ -378,7 +374,8 @@ class Looks:
 
     def read(self, path: Path, min_size: int | None) -> Image.Image:
         """As `load_image`; remembers what it saw. Called from several threads."""
-        image, self.metadata[path] = open_photo(path, min_size, self.stamps[path].sidecar > 0, self.captions[path])
+        beside = has_sidecars(self.stamps[path].sidecar)
+        image, self.metadata[path] = open_photo(path, min_size, beside, self.captions[path])
         self.hashes[path] = picture_hash(image)
         return image
 
@@ -394,7 +391,7 @@ def photograph(path: Path, digest: str, batch: Batch, relatives: Mapping[str, Ph
         twin = batch.first[digest]
         known, twin_hash = looks.metadata[twin], looks.hashes[twin]
     try:
-        metadata = read_header(path, stamp.sidecar > 0, batch.captions[path])
+        metadata = read_header(path, has_sidecars(stamp.sidecar), batch.captions[path])
     except ImageError:  # it has gone since it was hashed
         metadata = known
     return Photo(path, digest, stamp, metadata, twin_hash)
