@@ -12,9 +12,10 @@ from colours import ColourEmbedder, paint
 from clipmatch import remote
 from clipmatch.crawl import Found
 from clipmatch.errors import Failure
-from clipmatch.index import Index
-from clipmatch.ingest import is_unchanged
+from clipmatch.index import Index, name_of
+from clipmatch.ingest import ingest, is_unchanged
 from clipmatch.listing import files_at, pictures_in, taken_once, with_sidecars
+from clipmatch.metadata import words_beside
 from clipmatch.photo import Stamp
 from clipmatch.preprocess import read_header
 from clipmatch.remote import absolute
@@ -189,7 +190,9 @@ def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_pa
     assert asked == []
     assert found.keys() == {*CAPTIONS, "shard.tar"}
     assert [name for name, item in found.items() if not item.stamp.sidecar] == ["4.png", "shard.tar"]
-    read = {name: read_header(item.path, item.stamp.sidecar > 0) for name, item in found.items() if name in CAPTIONS}
+    pictures = {name: item for name, item in found.items() if name in CAPTIONS}
+    beside = {name: item.path if has_sidecars(item.stamp.sidecar) else None for name, item in pictures.items()}
+    read = {name: read_header(item.path, words_beside(beside[name])) for name, item in pictures.items()}
     assert {name: header.caption for name, header in read.items()} == CAPTIONS
     inside = by_name(pictures_in(folder / "shard.tar"), folder / "shard.tar")
     assert {name: read_header(item.path).caption for name, item in inside.items()} == CAPTIONS
@@ -197,6 +200,30 @@ def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_pa
     memory.pipe_file("/captions/photos/4.txt", b"Night .")
     again = by_name(files_at(folder), folder)
     assert [name for name, item in again.items() if item != found[name]] == ["4.png"]
+
+
+def test_a_caption_that_object_storage_does_not_give_comes_with_the_next_update(index, monkeypatch):
+    """Of a picture that is embedded, and of its copy."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name in "ab":
+        memory.pipe_file(f"/busy/{name}.png", picture("red"))
+        memory.pipe_file(f"/busy/{name}.txt", b"A rose .")
+    files = list(files_at(absolute("fsspec+memory://busy")))
+    index.store.bind(name_of(index.embedder))
+
+    def taken():
+        list(ingest(index.store, index.embedder, files, progress=False))
+        known = {photo.path: photo.stamp for photo in index}
+        unchanged = [is_unchanged(item.stamp, known[item.path]) for item in files]
+        return [photo.metadata.caption for photo in index], unchanged
+
+    def busy(path, limit):
+        raise OSError("slow down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipmatch.metadata.read_small", busy)
+        assert taken() == ([None, None], [False, False])
+    assert taken() == (["A rose ."] * 2, [True, True])
 
 
 def by_name(items, folder):

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
-from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP
+from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP, words_beside
 from clipmatch.photo import Metadata
 from clipmatch.preprocess import ImageError, open_photo, read_header
 from clipmatch.sidecars import sidecar_stamp
@@ -212,9 +212,9 @@ def test_the_order_of_the_sources_of_a_caption(tmp_path):
     (tmp_path / "photo.txt").write_text("from photo.txt")
     seen = []
     for gone in ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp"):
-        seen.append(read_header(save(path, **sources), told="from a table").caption)
+        seen.append(read_header(save(path, **sources), words_beside(path, "from a table")).caption)
         (tmp_path / gone).unlink()
-    seen.append(read_header(save(path, **sources), told="from a table").caption)
+    seen.append(read_header(save(path, **sources), words_beside(path, "from a table")).caption)
     while sources:
         seen.append(read_header(save(path, **sources)).caption)
         sources.popitem()

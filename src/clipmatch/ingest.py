@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +30,13 @@ from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
 from clipmatch.listing import is_archive, pictures_in, with_sidecars
+from clipmatch.metadata import Words, words_beside
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
 from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
-from clipmatch.sidecars import has_sidecars, is_known
+from clipmatch.sidecars import has_sidecars, is_known, without_sidecars
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
@@ -371,30 +372,44 @@ class Looks:
         self.stamps, self.captions = stamps, captions
         self.metadata: dict[Path, Metadata] = {}
         self.hashes: dict[Path, int] = {}
+        self.silent: set[Path] = set()  # those whose side-cars object storage didn't give
 
     def read(self, path: Path, min_size: int | None) -> Image.Image:
         """As `load_image`; remembers what it saw. Called from several threads."""
-        beside = has_sidecars(self.stamps[path].sidecar)
-        image, self.metadata[path] = open_photo(path, min_size, beside, self.captions[path])
+        image, self.metadata[path] = open_photo(path, min_size, self.beside(path))
         self.hashes[path] = picture_hash(image)
         return image
+
+    def beside(self, path: Path) -> Words:
+        """The words outside a picture's file, of those that can be had now."""
+        told = self.captions[path]
+        try:
+            return words_beside(path if has_sidecars(self.stamps[path].sidecar) else None, told)
+        except OSError:
+            self.silent.add(path)
+            return words_beside(None, told)
+
+    def stamp(self, path: Path) -> Stamp:
+        """A picture's stamp; where words could not be had, one that the next update finds to have changed."""
+        stamp = self.stamps[path]
+        return replace(stamp, sidecar=without_sidecars(stamp.sidecar)) if path in self.silent else stamp
 
 
 def photograph(path: Path, digest: str, batch: Batch, relatives: Mapping[str, Photo]) -> Photo:
     """A file whose content has a vector -> its row; a copy has its own caption, for that may lie beside it."""
-    looks, stamp = batch.looks, batch.stamps[path]
+    looks = batch.looks
     if path in looks.metadata:
-        return Photo(path, digest, stamp, looks.metadata[path], looks.hashes[path])
+        return Photo(path, digest, looks.stamp(path), looks.metadata[path], looks.hashes[path])
     if digest in relatives:
         known, twin_hash = relatives[digest].metadata, relatives[digest].picture_hash
     else:
         twin = batch.first[digest]
         known, twin_hash = looks.metadata[twin], looks.hashes[twin]
     try:
-        metadata = read_header(path, has_sidecars(stamp.sidecar), batch.captions[path])
+        metadata = read_header(path, looks.beside(path))
     except ImageError:  # it has gone since it was hashed
         metadata = known
-    return Photo(path, digest, stamp, metadata, twin_hash)
+    return Photo(path, digest, looks.stamp(path), metadata, twin_hash)
 
 
 def picture_hash(image: Image.Image) -> int:

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -22,6 +21,7 @@ from clipmatch.archive import read_small
 from clipmatch.formats import captions_of
 from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
 from clipmatch.photo import Metadata
+from clipmatch.remote import is_remote
 from clipmatch.sidecars import sidecar_names
 
 if TYPE_CHECKING:
@@ -58,15 +58,16 @@ CAMERA_DEFAULT = re.compile(  # what cameras and programs write in place of a de
 )
 
 
-def read_metadata(path: Path, image: Image.Image, sidecars: bool = True, told: str | None = None) -> Metadata:
-    """What the file and its side-cars say; `image` is opened and not decoded at a reduced size. Never raises.
+def read_metadata(path: Path, image: Image.Image, beside: Words | None = None) -> Metadata:
+    """What the file says, and what is said of it; `image` is opened and not decoded at a reduced size. Never raises.
 
-    sidecars: whether there may be any. told: the caption in the table that has or names the picture.
+    beside: the words outside the file (`words_beside`); None: side-cars are looked for here.
     """
     exif = attempt(image.getexif) or no_exif()
     latitude, longitude = attempt(lambda: position_of(exif)) or (None, None)
     camera = attempt(lambda: camera_of(exif))
-    caption = attempt(lambda: caption_of(path if sidecars else None, image, exif, told))
+    words = (attempt(lambda: words_beside(path)) or (None, [])) if beside is None else beside
+    caption = attempt(lambda: caption_of(image, exif, words))
     return Metadata(*upright_size(image), attempt(lambda: taken_of(exif)), latitude, longitude, camera, caption)
 
 
@@ -155,26 +156,19 @@ def camera_of(exif: Image.Exif) -> str | None:
 # Caption
 
 
-def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif, told: str | None = None) -> str | None:
+def caption_of(image: Image.Image, exif: Image.Exif, beside: Words) -> str | None:
     """The words that people gave to a photograph, in one line, keywords in brackets: "Grandma's birthday [cake, Rome]".
 
-    The caption is the first of: the text file or JSON file of the same name (photo.txt, photo.json, as beside training
-    pictures), the description or title in an XMP side-car (photo.jpg.xmp or photo.xmp), what a table says, the
-    description or title that is embedded as XMP, the IPTC caption, the EXIF description. What cameras write there by
-    themselves is passed over. Keywords count, because tagging is how most people caption; they are those of the first
-    XMP or IPTC part that has any. path: None where nothing lies beside it.
+    The caption is the first of: that beside the file, the description or title that is embedded as XMP, the IPTC
+    caption, the EXIF description. What cameras write there by themselves is passed over. Keywords count, because
+    tagging is how most people caption; they are those of the first XMP or IPTC part that has any.
     """
-    caption: str | None = None
-    keywords: list[str] = []
-    sources: list[Callable[[], Words]] = []
-    if path is not None:
-        text, record, *packets = (path.with_name(name) for name in sidecar_names(path.name))
-        caption = attempt(lambda: text_file(text)) or attempt(lambda: json_file(record))
-        sources += [partial(xmp_file, packet) for packet in packets]
-    sources.append(lambda: (as_text(told), []))
-    sources.append(lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)))
-    sources.append(lambda: iptc_words(image))
-    sources.append(lambda: (own_words([exif.get(DESCRIPTION)]), []))
+    caption, keywords = beside
+    sources: tuple[Callable[[], Words], ...] = (
+        lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)),
+        lambda: iptc_words(image),
+        lambda: (own_words([exif.get(DESCRIPTION)]), []),
+    )
     for source in sources:
         words, tags = attempt(source) or (None, [])
         caption, keywords = caption or words, keywords or tags
@@ -247,6 +241,41 @@ def decode(data: bytes) -> str:
 
 
 # Side-cars
+
+
+def words_beside(path: Path | None, told: str | None = None) -> Words:
+    """The caption and keywords outside a photograph's file.
+
+    The caption is the first of: the text file or JSON file of the same name (photo.txt, photo.json, as beside training
+    pictures), the description or title in an XMP side-car (photo.jpg.xmp or photo.xmp), and `told`, that of a table.
+    path: None where nothing lies beside it. Raises OSError if object storage doesn't give a side-car now.
+    """
+    caption: str | None = None
+    keywords: list[str] = []
+    if path is not None:
+        text, record, *packets = (path.with_name(name) for name in sidecar_names(path.name))
+        caption = unless_absent(text_file, text) or unless_absent(json_file, record)
+        for packet in packets:
+            words, tags = unless_absent(xmp_file, packet) or (None, [])
+            caption, keywords = caption or words, keywords or tags
+    return caption or as_text(told), keywords
+
+
+def unless_absent(read: Callable[[Path], T], path: Path) -> T | None:
+    """What `read` makes of a side-car; None if there is none, or it can't be made sense of.
+
+    Raises OSError if object storage doesn't give it now; what can't be read on a disk stays so.
+    """
+    try:
+        return read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        if is_remote(path):
+            raise
+    except Exception:  # damaged in whatever way
+        return None
+    return None
 
 
 def xmp_file(path: Path) -> Words:

@@ -84,6 +84,12 @@ def completed(now: int, known: int) -> int:
     return joined(seen, told) if told is not None and beside is None and seen is not None else now
 
 
+def without_sidecars(stamp: int) -> int:
+    """A stamp that says nothing of side-cars: where there are some, the picture differs next time."""
+    told = halves(stamp)[1]
+    return 0 if told is None else joined(UNSEEN, told)
+
+
 def has_sidecars(stamp: int) -> bool:
     """Whether there are side-cars to be read."""
     return bool(halves(stamp)[0])
