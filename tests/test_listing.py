@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from clipmatch.crawl import Found
 from clipmatch.errors import Failure
 from clipmatch.index import Index, name_of
 from clipmatch.ingest import ingest, is_unchanged
-from clipmatch.listing import files_at, pictures_in, taken_once, with_sidecars
+from clipmatch.listing import AWAY, GONE, files_at, pictures_in, taken_once, with_sidecars
 from clipmatch.metadata import words_beside
 from clipmatch.photo import Stamp
 from clipmatch.preprocess import read_header
@@ -119,10 +120,44 @@ def named(tmp_path):
 
 def test_captions_in_a_table_of_paths(index, named):
     summary = index.update([named / "table.parquet"], progress=False)
-    assert (summary.added, summary.failures) == (3, [Failure(named / "gone.png", "no such file or directory")])
+    assert (summary.added, summary.failures) == (3, [Failure(named / "gone.png", GONE)])
     expected = {"red.png": "Beside it .", "lime.png": "Grass . A lawn .", "blue.png": None}
     assert captions(index, named) == expected
     assert index.update(progress=False).unchanged == 3
+
+
+def test_pictures_that_a_table_names_may_go(index, named):
+    table = named / "table.parquet"
+    index.update([table], progress=False)
+    (named / "lime.png").unlink()
+    summary = index.update(progress=False)
+    assert (summary.unchanged, summary.removed) == (2, 1)
+    assert summary.failures == [Failure(named / name, GONE) for name in ("lime.png", "gone.png")]
+    assert captions(index, named).keys() == {"red.png", "blue.png"}
+
+
+@pytest.mark.parametrize("away", ["the files", "the folder", "the place of a disk"])
+def test_pictures_that_are_gone_all_at_once_stay_and_are_told_of(index, tmp_path, away):
+    """As a folder that has vanished; those that the table names elsewhere are not concerned."""
+    disk, table = tmp_path / "disk", tmp_path / "table.parquet"
+    pictures = [paint(disk / f"{colour}.png", colour) for colour in ("red", "blue")]
+    here = [paint(tmp_path / "here" / f"{colour}.png", colour) for colour in ("lime", "white")]
+    pq.write_table(pa.table({"path": [str(path) for path in (*pictures, *here)]}), table)
+    index.update([table], progress=False)
+    unplugged = disk.rename(tmp_path / "unplugged")
+    here[0].unlink()
+    if away == "the files":
+        paint(disk / "other.png", "black")
+    elif away == "the place of a disk":
+        disk.mkdir()
+    summary = index.update(progress=False)
+    assert (summary.unchanged, summary.removed) == (1, 1)
+    assert summary.failures == [*(Failure(path, AWAY) for path in pictures), Failure(here[0], GONE)]
+    assert {photo.path for photo in index} == {*pictures, here[1]}
+    if disk.exists():
+        shutil.rmtree(disk)
+    unplugged.rename(disk)
+    assert str(index.update(progress=False)) == "0 added, 0 moved, 0 changed, 3 unchanged, 0 removed, 1 failed"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -35,11 +36,11 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.index import check_folders, name_of
-from clipmatch.ingest import Comparison, Summary, sort_out, take_in
+from clipmatch.ingest import Comparison, Summary, is_below, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.leave import give
-from clipmatch.listing import ARCHIVES, files_at, is_archive, pictures_in, taken_once
+from clipmatch.listing import ARCHIVES, GONE, files_at, is_archive, pictures_in, taken_once
 from clipmatch.photo import Stamp
 from clipmatch.remote import absolute, is_remote
 from clipmatch.runtime import usable_cores
@@ -153,18 +154,21 @@ class Job:
         summary = Summary()
         for root in roots:
             seen: list[NDArray[np.int64]] = []
-            kept: list[Path] = []  # what lies below can't be told to be gone
+            kept: set[Path] = set()  # what lies below can't be told to be gone
+            before = len(summary.failures)
             listed = self.files(root, summary, kept)
             with tqdm(desc=f"photographs of {root.path.name}", unit="img", disable=not self.progress) as bar:
                 while part := list(islice(listed, LISTED)):
                     bar.total = bar.n + len(part)
                     seen.append(self.embed(part, summary, bar))
                     self.store.tidy()  # rows that no index knows yet are looked at one by one
-            kept += [failure.path for failure in summary.failures if is_archive(failure.path)]
-            self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
+            failures = summary.failures[before:]
+            kept |= {failure.path for failure in failures if is_archive(failure.path)}
+            gone = {failure.path for failure in failures if failure.reason == GONE}
+            self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, gone, summary)
         return summary
 
-    def files(self, root: Root, summary: Summary, kept: list[Path]) -> Iterator[Found]:
+    def files(self, root: Root, summary: Summary, kept: set[Path]) -> Iterator[Found]:
         """The pictures and archives below a root."""
         if is_remote(root.path):
             yield from files_at(root.path, root.exclude)
@@ -172,7 +176,7 @@ class Job:
         for item in walk(root.path, root.exclude, root.follow_links, also=ARCHIVES):
             if isinstance(item, Failure):
                 summary.failures.append(item)
-                kept.append(item.path)
+                kept.add(item.path)
             else:
                 yield item
 
@@ -231,8 +235,12 @@ class Job:
         have = ray.cluster_resources()
         return max(1, int(have.get("GPU", 0)) if self.on_gpus else int(have.get("CPU", 1)) - 1)  # one core reads
 
-    def forget_gone(self, root: Path, seen: NDArray[np.int64], kept: Sequence[Path], summary: Summary) -> None:
-        """Forget photographs and failures below a root whose files are not there any more."""
+    def forget_gone(
+        self, root: Path, seen: NDArray[np.int64], kept: AbstractSet[Path], gone: set[Path], summary: Summary
+    ) -> None:
+        """Forget photographs and failures below a root whose files are not there any more, and those that a table named
+        (`gone`), wherever they were.
+        """
         condition = below(root)
         if not len(seen):
             there = self.store.count(Filter(folders=(root,)))
@@ -241,12 +249,12 @@ class Job:
                 summary.failures.append(Failure(root, reason))
             return
         hashes = np.unique(seen)
-        gone = [
+        gone |= {
             path
             for name in ("photos", "failures")
             for path in self.store.paths_where(name, condition)
-            if not is_in(number_of(path), hashes) and not any(path.is_relative_to(place) for place in kept)
-        ]
+            if not is_in(number_of(path), hashes) and not is_below(path, kept)
+        }
         if gone:
             summary.removed += len(self.store.numbers_of(gone))
             self.store.delete(gone)

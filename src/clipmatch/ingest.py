@@ -29,7 +29,7 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
-from clipmatch.listing import is_archive, pictures_in, with_sidecars
+from clipmatch.listing import GONE, is_archive, pictures_in, with_sidecars
 from clipmatch.metadata import Words, words_beside
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
@@ -168,7 +168,7 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     """Look at every file below the roots once; count the unchanged, and report what failed before and still would."""
     found = Comparison()
     seen: set[Path] = set()
-    kept: list[Path] = []  # what lies below can't be told to be gone
+    kept: set[Path] = set()  # what lies below can't be told to be gone
     failed: set[Path] = set()
     for root in sorted(roots, key=lambda root: not is_archive(root.path)):  # a table says more than the folder
         known, broken = store.stamps(root.path)
@@ -182,23 +182,27 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
         for item in items:
             if isinstance(item, Failure):
                 summary.failures.append(item)
-                kept.append(item.path)
+                if item.reason != GONE:
+                    kept.add(item.path)
             elif item.path not in seen:
                 seen.add(item.path)
                 sort_out(item, stamps, broken, found, summary)
         if keep_empty and known and not any(path.is_relative_to(root.path) for path in seen) and root.path not in kept:
             reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
             summary.failures.append(Failure(root.path, reason))
-            kept.append(root.path)
+            kept.add(root.path)
     named = {root.path for root in roots}
     absent = {
-        path
-        for path in (found.known | failed) - seen
-        if not any(path.is_relative_to(place) for place in kept) and not is_in_another(path, named)
+        path for path in (found.known | failed) - seen if not is_below(path, kept) and not is_in_another(path, named)
     }
     found.gone = digests_of(store, absent & found.known)
     found.mended = absent - found.known
     return found
+
+
+def is_below(path: Path, places: AbstractSet[Path]) -> bool:
+    """Whether a path is one of some places, or lies below one."""
+    return not places.isdisjoint((path, *path.parents))
 
 
 def is_in_another(path: Path, roots: AbstractSet[Path]) -> bool:

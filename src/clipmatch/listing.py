@@ -26,6 +26,8 @@ from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import captions_in, has_captions, linked, row_names
 
 ARCHIVES = (".tar", PARQUET)
+GONE = "it is not there, and its table still names it"
+AWAY = "it is not there now, nor any other in its folder; it stays until it is removed: clipmatch index --remove"
 
 
 def is_archive(path: Path) -> bool:
@@ -77,7 +79,8 @@ def members_of(archive: Path, modified: int) -> Iterator[Found | Failure]:
 def rows_of(table: Path, modified: int) -> Iterator[Found | Failure]:
     """The pictures in a Parquet file, or those whose paths it has, which are meant from its folder on, with captions.
 
-    Raises OSError if it can't be read.
+    A picture that is not there is gone, unless all that are named in its folder are not there: that may be of a disk
+    that is not plugged in. Raises OSError if it can't be read.
     """
     paths, captions = linked(table), captions_in(table)
     if paths is None:
@@ -90,8 +93,11 @@ def rows_of(table: Path, modified: int) -> Iterator[Found | Failure]:
         if text:
             told.setdefault(absolute(text if is_remote(text) else table.parent / text), []).extend(words)
     speaks = has_captions(table)
-    for path, words in told.items():
-        yield named(path, " ".join(dict.fromkeys(words)) or None, speaks)
+    items = [named(path, " ".join(dict.fromkeys(words)) or None, speaks) for path, words in told.items()]
+    folders = {item.path.parent for item in items if isinstance(item, Found)}
+    for item in items:
+        away = isinstance(item, Failure) and item.reason == GONE and item.path.parent not in folders
+        yield Failure(item.path, AWAY) if away else item
 
 
 def named(path: Path, caption: str | None, speaks: bool) -> Found | Failure:
@@ -100,6 +106,8 @@ def named(path: Path, caption: str | None, speaks: bool) -> Found | Failure:
     """
     try:
         size, modified = status_of(path)
+    except FileNotFoundError:
+        return Failure(path, GONE)
     except (OSError, ValueError, ClipmatchError) as error:  # a null byte; an address of no file system
         return Failure(path, plain_reason(error))
     beside = None if is_remote(path) else sidecar_stamp(path)
