@@ -10,20 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colours import ColourEmbedder, paint
+from colours import ColourEmbedder
 
 lancedb = pytest.importorskip("lancedb", reason="the extra `distributed` is not installed; make test-cluster has it")
 
 from clipmatch import lancerows, lancestore, storage
 from clipmatch.calibration import Bank, Calibration
 from clipmatch.cli import main
-from clipmatch.crawl import Found
 from clipmatch.errors import ClipmatchError, own_version
-from clipmatch.index import Index, name_of
+from clipmatch.index import Index
 from clipmatch.lancesearch import LanceCollection
 from clipmatch.lancestore import LanceStore
 from clipmatch.photo import Metadata, Photo, Stamp
-from clipmatch.sidecars import sidecar_stamp, told_stamp
 from clipmatch.store import Filter, ModelName, Root, Store
 from clipmatch.transfer import copy_store
 
@@ -396,22 +394,3 @@ def test_the_commands_of_a_collection(photos, tmp_path):
 
 def test_a_path_has_one_number_everywhere():
     assert lancerows.number_of(Path("/photos/1.jpg")) == 5499141375972921
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_side_cars_go_before_the_words_of_a_table_in_a_share(tmp_path, monkeypatch, order):
-    """A picture on object storage that is listed, with a text file beside it, and that a table names too."""
-    distributed = pytest.importorskip("clipmatch.distributed")
-    monkeypatch.setattr(distributed, "load_model", lambda *_: ColourEmbedder())
-    picture = paint(tmp_path / "red.png", "red")
-    picture.with_suffix(".txt").write_text("Beside it .")
-    size, modified = picture.stat().st_size, picture.stat().st_mtime_ns
-    both = [
-        Found(picture, Stamp(size, modified, sidecar_stamp(picture))),
-        Found(picture, Stamp(size, modified, told_stamp("In a table .", None)), "In a table ."),
-    ]
-    with Index.open(tmp_path / "photos.lance", ColourEmbedder()) as index:
-        index.store.bind(name_of(index.embedder))
-        worker = distributed.Worker(str(tmp_path / "photos.lance"), None, None)
-        worker(distributed.as_table([both[at] for at in order]))
-        assert [photo.metadata.caption for photo in index] == ["Beside it ."]

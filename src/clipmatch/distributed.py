@@ -186,10 +186,11 @@ class Job:
         When a worker is lost, what it and those after it had is shared out anew among those that are there.
         """
         left, numbers, lost = list(files), [np.empty(0, np.int64)], 0
+        done = numbers[0]
         while True:
             before = len(numbers)
             try:
-                for row in self.share_out(left):
+                for row in self.share_out(left, done):
                     for name in COUNTS:
                         setattr(summary, name, getattr(summary, name) + row[name])
                     summary.failures += [Failure(path_of(bad["path"]), bad["reason"]) for bad in row["failures"]]
@@ -207,15 +208,18 @@ class Job:
                     ) from error
                 bar.write(f"A worker was lost; its share is done again ({type(error).__name__}).", file=sys.stderr)
             done = np.sort(np.concatenate(numbers))
-            left = [item for item in left if not is_in(number_of(item.path), done)]
+            left = [item for item in left if is_archive(item.path) or not is_in(number_of(item.path), done)]
             time.sleep(lost * PAUSE)
 
-    def share_out(self, files: Sequence[Found]) -> Iterator[dict[str, Any]]:
-        """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
+    def share_out(self, files: Sequence[Found], done: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+        """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost.
+
+        done: as `open_archives` takes it.
+        """
         room = self.room()
         data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
         if any(is_archive(item.path) for item in files):
-            data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
+            data = data.map_batches(open_archives, fn_kwargs={"done": done}, batch_size=None, batch_format="pyarrow")
         made = data.map_batches(
             Worker,
             fn_constructor_kwargs=self.given,
@@ -320,13 +324,16 @@ def from_table(rows: pa.Table) -> list[Found | Failure]:
     ]
 
 
-def open_archives(batch: pa.Table) -> Iterator[pa.Table]:
-    """Files, among them archives -> the other files, then the pictures in each archive."""
+def open_archives(batch: pa.Table, done: NDArray[np.int64]) -> Iterator[pa.Table]:
+    """Files, among them archives -> the other files, then the pictures in each archive.
+
+    done: [n], rising: the numbers of paths that are left out, because a worker was lost only after them.
+    """
     files = from_table(batch)
     yield as_table(item for item in files if not is_archive(item.path))
     for item in files:
         if is_archive(item.path):
-            yield as_table(pictures_in(item.path))
+            yield as_table(found for found in pictures_in(item.path) if not is_in(number_of(found.path), done))
 
 
 def actor_settings() -> dict[str, Any]:
