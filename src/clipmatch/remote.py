@@ -136,12 +136,12 @@ def locate(path: Path) -> tuple[Any, str]:
     scheme, _, rest = address_of(path).partition("://")
     bucket, _, below = rest.partition("/")
     system, inside = file_system(scheme, bucket)
-    return system, f"{inside.rstrip('/')}/{below}" if below else inside
+    return system, f"{inside}/{below}" if below else inside or "/"
 
 
 @lru_cache
 def file_system(scheme: str, bucket: str) -> tuple[Any, str]:
-    """The file system that holds a bucket, and the bucket's name there: of Azure without the account, of HDFS "/".
+    """The file system that holds a bucket, and the bucket's name there: of Azure without the account, of HDFS "".
 
     Raises ClipmatchError if there is none of that scheme.
     """
@@ -149,7 +149,7 @@ def file_system(scheme: str, bucket: str) -> tuple[Any, str]:
         from pyarrow.fs import FileSystem
 
         system, inside = FileSystem.from_uri(f"{scheme}://{bucket}")
-        return system, str(inside)
+        return system, str(inside).rstrip("/")
     except ModuleNotFoundError as error:
         raise ClipmatchError(f'{scheme}:// needs pyarrow: pip install "clipmatch[distributed]"') from error
     except ValueError as error:  # of Arrow's errors: an unknown scheme
