@@ -230,18 +230,23 @@ def test_several_writers_at_once_lose_nothing_and_double_nothing(store):
     assert sorted(int(photo.path.stem) for _, photo in store.photos()) == list(range(110))
 
 
+@pytest.mark.filterwarnings("ignore:optimize")
 def test_old_versions_do_not_pile_up(store, monkeypatch):
     monkeypatch.setattr(lancestore, "KEPT", timedelta(0))
     data = store.path / "photos.lance" / "data"
     for _ in range(10):
         fill(store, range(500))
     assert len(list(data.iterdir())) == 10
-    with pytest.warns(UserWarning, match="removes every version"):
-        store.tidy()
+    store.tidy()
     assert len(list(data.iterdir())) == 1
     content = store.content
     store.tidy()
     assert store.content == content  # nothing to do, so what is derived stays good
+    store.delete([Path("/photos/0.jpg")])
+    store.upsert([], "numbered", {}, {Path("/photos/broken.jpg"): (Stamp(1, 2), "why not")})
+    store.tidy()
+    assert [len(store._table(name).list_versions()) for name in ("photos", "failures")] == [1, 1]
+    assert len(store) == 499
 
 
 # Very many photographs
