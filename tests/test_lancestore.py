@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colours import ColourEmbedder
+from colours import ColourEmbedder, paint
 
 lancedb = pytest.importorskip("lancedb", reason="the extra `distributed` is not installed; make test-cluster has it")
 
@@ -228,6 +229,60 @@ def test_several_writers_at_once_lose_nothing_and_double_nothing(store):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * 4
     assert sorted(int(photo.path.stem) for _, photo in store.photos()) == list(range(110))
+
+
+SLOW = """
+import sys, time
+import clipmatch.ingest
+from clipmatch.index import Index
+from colours import ColourEmbedder
+
+class Slow(ColourEmbedder):
+    def embed_images(self, paths, progress=True, read=None):
+        time.sleep(0.15)
+        return super().embed_images(paths, progress, read)
+
+clipmatch.ingest.BATCH = 2
+Index.open(sys.argv[1], Slow()).update([sys.argv[2]], progress=False)
+"""
+
+
+def stored(place):
+    try:
+        with LanceStore.open(place) as store:
+            return {photo.path for _, photo in store.photos()}
+    except ClipmatchError:  # not made yet
+        return set()
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    """Killed without warning three times: what was committed is there, whole, and the next run does the rest alone."""
+    place = tmp_path / "photos.lance"
+    paths = {paint(tmp_path / "many" / f"{number:02d}.png", (100 + number, 0, 0)) for number in range(80)}
+    known = set()
+    for pause in (0, 0.05, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", SLOW, place, tmp_path / "many"], cwd=Path(__file__).parent)
+        try:
+            while len(before := stored(place)) < len(known) + 4:
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(pause)
+        finally:
+            process.kill()
+            process.wait()
+        with LanceStore.open(place) as store:
+            found, rows = stored(place), store.vectors()[2]
+            assert known < before <= found < paths
+            assert (len(store), len(rows)) == (len(found), len(found))
+            np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        known = found
+    model = ColourEmbedder()
+    with Index.open(place, model) as index:
+        said = f"{80 - len(known)} added, 0 moved, 0 changed, {len(known)} unchanged, 0 removed, 0 failed"
+        assert str(index.update(progress=False)) == said
+        assert len(model.seen) == 80 - len(known)
+        assert sorted(photo.path for photo in index) == sorted(paths)
+        assert len(index.find("red", top_k=100, duplicates="show")) == 80
 
 
 @pytest.mark.filterwarnings("ignore:optimize")
