@@ -41,8 +41,8 @@ CLUSTER := $(VENV)/.distributed
 
 test-cluster: $(CLUSTER)
 	CLIPMATCH_MOTO=$(MOTO)/bin/moto_server $(BIN)/python -m pytest tests/test_lance_cluster.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile -k lance tests/test_lancestore.py tests/test_index.py \
-		tests/test_teaching.py tests/test_search.py tests/test_benchmarks.py tests/test_foreign_index.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -k lance tests/test_lancestore.py tests/test_lance_job.py \
+		tests/test_index.py tests/test_teaching.py tests/test_search.py tests/test_benchmarks.py tests/test_foreign_index.py
 
 $(CLUSTER): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[distributed]"

@@ -40,7 +40,7 @@ from clipmatch.errors import ClipmatchError
 from clipmatch.folders import expand
 from clipmatch.generation.prompts import parse_prompts
 from clipmatch.index import Index
-from clipmatch.metadata import as_moment, caption_of, read_metadata, xmp_words
+from clipmatch.metadata import as_moment, caption_of, read_metadata, words_beside, xmp_words
 from clipmatch.modelfolder import read_config
 from clipmatch.preprocess import ImageError, load_image, open_photo
 from clipmatch.query import concept_name, parse_query
@@ -202,7 +202,7 @@ def said_of_pictures(data: bytes) -> None:
     written("a.txt", data)
     written("a.xmp", data)
     with open_image(place() / "a.jpg") as image:
-        caption_of(place() / "a.jpg", image, image.getexif())
+        caption_of(image, image.getexif(), words_beside(place() / "a.jpg"))
     as_moment(text_of(data))
     with suppress(Exception):  # `attempt` is around it
         xmp_words(data)

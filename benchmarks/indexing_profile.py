@@ -28,7 +28,7 @@ from clipmatch.crawl import walk
 from clipmatch.embedder import LOT, asked_for_only, embedded_folder, load_model, open_session
 from clipmatch.index import name_of
 from clipmatch.ingest import picture_hash
-from clipmatch.metadata import read_metadata
+from clipmatch.metadata import read_metadata, words_beside
 from clipmatch.modelfolder import IMAGE_GRAPH
 from clipmatch.preprocess import decoded, opened
 from clipmatch.runtime import usable_cores
@@ -66,7 +66,8 @@ def index_slowly(folder, model, session, scratch):
                 with clock("hash"):
                     digest = hashlib.sha256(item.path.read_bytes()).hexdigest()
                 with clock("header"), opened(item.path) as image:
-                    metadata = read_metadata(item.path, image, bool(item.stamp.sidecar))
+                    beside = words_beside(item.path if item.stamp.sidecar else None)
+                    metadata = read_metadata(item.path, image, beside)
                 with opened(item.path) as image, clock("decode"):
                     picture = decoded(image, side)
                 with clock("resize"):

@@ -1,6 +1,7 @@
 """Captions and pictures inside tar archives, whole and damaged."""
 
 import gzip
+import io
 import json
 import pickle
 import sys
@@ -20,6 +21,7 @@ from clipmatch.embedder import read_batches
 from clipmatch.errors import ClipmatchError
 from clipmatch.features import content_keys
 from clipmatch.preprocess import ImageError, Transform, load_image
+from clipmatch.remote import absolute, open_raw
 from clipmatch.training import train
 
 
@@ -238,3 +240,36 @@ def test_a_compressed_archive_is_said_to_be_one(tmp_path):
         load_captions(packed)
     with pytest.raises(ClipmatchError, match=r"packed.tar.gz is compressed by gzip; unpack it, and give what is insid"):
         load_captions(packed.rename(tmp_path / "packed.tar.gz"))
+
+
+def test_headers_on_object_storage_are_read_many_at_once(tmp_path, monkeypatch):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    shard = pack(tmp_path / "x.tar", [(f"{number}.png", picture("red")) for number in range(100)])
+    memory.pipe_file("/headers/x.tar", shard.read_bytes())
+    reads = []
+
+    class Counting(io.RawIOBase):
+        """A file of Arrow, each read of which is a request."""
+
+        def __init__(self, path):
+            self.file = open_raw(path)
+
+        def readable(self):
+            return True
+
+        def seekable(self):
+            return True
+
+        def seek(self, offset, whence=0):
+            return self.file.seek(offset, whence)
+
+        def tell(self):
+            return self.file.tell()
+
+        def readinto(self, buffer):
+            reads.append(len(buffer))
+            return self.file.readinto(buffer)
+
+    monkeypatch.setattr(archive, "open_raw", Counting)
+    assert len(archive.contents(absolute("fsspec+memory://headers/x.tar")).members) == 100
+    assert 0 < len(reads) < 20

@@ -291,7 +291,7 @@ def test_folders_archives_and_what_is_gone(environment, embedded, tmp_path):
     assert done.stdout.startswith("0 added, 0 moved, 0 changed, 5 unchanged, 1 removed, ")
     assert "rows.parquet/00000001: it is not an image in a known format" in done.stderr
     assert "damaged.tar: damaged or cut off after 0 files" in done.stderr
-    assert "gone.png: no such file or directory" in done.stderr
+    assert "gone.png: it is not there, and its table still names it" in done.stderr
     with Index.open(place, embedded, create=False) as index:
         expected = {
             "red.png": "a rose a tulip",

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -17,12 +18,10 @@ lancedb = pytest.importorskip("lancedb", reason="the extra `distributed` is not 
 from clipmatch import lancerows, lancestore, storage
 from clipmatch.calibration import Bank, Calibration
 from clipmatch.cli import main
-from clipmatch.crawl import Found
 from clipmatch.errors import ClipmatchError, own_version
-from clipmatch.index import Index, name_of
+from clipmatch.index import Index
 from clipmatch.lancesearch import LanceCollection
 from clipmatch.lancestore import LanceStore
-from clipmatch.metadata import sidecar_stamp
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.store import Filter, ModelName, Root, Store
 from clipmatch.transfer import copy_store
@@ -232,18 +231,77 @@ def test_several_writers_at_once_lose_nothing_and_double_nothing(store):
     assert sorted(int(photo.path.stem) for _, photo in store.photos()) == list(range(110))
 
 
+SLOW = """
+import sys, time
+import clipmatch.ingest
+from clipmatch.index import Index
+from colours import ColourEmbedder
+
+class Slow(ColourEmbedder):
+    def embed_images(self, paths, progress=True, read=None):
+        time.sleep(0.15)
+        return super().embed_images(paths, progress, read)
+
+clipmatch.ingest.BATCH = 2
+Index.open(sys.argv[1], Slow()).update([sys.argv[2]], progress=False)
+"""
+
+
+def stored(place):
+    try:
+        with LanceStore.open(place) as store:
+            return {photo.path for _, photo in store.photos()}
+    except ClipmatchError:  # not made yet
+        return set()
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    """Killed without warning three times: what was committed is there, whole, and the next run does the rest alone."""
+    place = tmp_path / "photos.lance"
+    paths = {paint(tmp_path / "many" / f"{number:02d}.png", (100 + number, 0, 0)) for number in range(80)}
+    known = set()
+    for pause in (0, 0.05, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", SLOW, place, tmp_path / "many"], cwd=Path(__file__).parent)
+        try:
+            while len(before := stored(place)) < len(known) + 4:
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(pause)
+        finally:
+            process.kill()
+            process.wait()
+        with LanceStore.open(place) as store:
+            found, rows = stored(place), store.vectors()[2]
+            assert known < before <= found < paths
+            assert (len(store), len(rows)) == (len(found), len(found))
+            np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        known = found
+    model = ColourEmbedder()
+    with Index.open(place, model) as index:
+        said = f"{80 - len(known)} added, 0 moved, 0 changed, {len(known)} unchanged, 0 removed, 0 failed"
+        assert str(index.update(progress=False)) == said
+        assert len(model.seen) == 80 - len(known)
+        assert sorted(photo.path for photo in index) == sorted(paths)
+        assert len(index.find("red", top_k=100, duplicates="show")) == 80
+
+
+@pytest.mark.filterwarnings("ignore:optimize")
 def test_old_versions_do_not_pile_up(store, monkeypatch):
     monkeypatch.setattr(lancestore, "KEPT", timedelta(0))
     data = store.path / "photos.lance" / "data"
     for _ in range(10):
         fill(store, range(500))
     assert len(list(data.iterdir())) == 10
-    with pytest.warns(UserWarning, match="removes every version"):
-        store.tidy()
+    store.tidy()
     assert len(list(data.iterdir())) == 1
     content = store.content
     store.tidy()
     assert store.content == content  # nothing to do, so what is derived stays good
+    store.delete([Path("/photos/0.jpg")])
+    store.upsert([], "numbered", {}, {Path("/photos/broken.jpg"): (Stamp(1, 2), "why not")})
+    store.tidy()
+    assert [len(store._table(name).list_versions()) for name in ("photos", "failures")] == [1, 1]
+    assert len(store) == 499
 
 
 # Very many photographs
@@ -396,22 +454,3 @@ def test_the_commands_of_a_collection(photos, tmp_path):
 
 def test_a_path_has_one_number_everywhere():
     assert lancerows.number_of(Path("/photos/1.jpg")) == 5499141375972921
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_side_cars_go_before_the_words_of_a_table_in_a_share(tmp_path, monkeypatch, order):
-    """A picture on object storage that is listed, with a text file beside it, and that a table names too."""
-    distributed = pytest.importorskip("clipmatch.distributed")
-    monkeypatch.setattr(distributed, "load_model", lambda *_: ColourEmbedder())
-    picture = paint(tmp_path / "red.png", "red")
-    picture.with_suffix(".txt").write_text("Beside it .")
-    size, modified = picture.stat().st_size, picture.stat().st_mtime_ns
-    both = [
-        Found(picture, Stamp(size, modified, sidecar_stamp(picture))),
-        Found(picture, Stamp(size, modified, -9), "In a table ."),
-    ]
-    with Index.open(tmp_path / "photos.lance", ColourEmbedder()) as index:
-        index.store.bind(name_of(index.embedder))
-        worker = distributed.Worker(str(tmp_path / "photos.lance"), None, None)
-        worker(distributed.as_table([both[at] for at in order]))
-        assert [photo.metadata.caption for photo in index] == ["Beside it ."]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,11 +11,16 @@ from captionfiles import pack, picture
 from colours import ColourEmbedder, paint
 
 from clipmatch import remote
+from clipmatch.crawl import Found
 from clipmatch.errors import Failure
-from clipmatch.index import Index
-from clipmatch.listing import files_at, pictures_in
+from clipmatch.index import Index, name_of
+from clipmatch.ingest import ingest, is_unchanged
+from clipmatch.listing import AWAY, GONE, files_at, pictures_in, taken_once, with_sidecars
+from clipmatch.metadata import words_beside
+from clipmatch.photo import Stamp
 from clipmatch.preprocess import read_header
 from clipmatch.remote import absolute
+from clipmatch.sidecars import has_sidecars, told_stamp
 
 XMP = (
     b"<x:xmpmeta xmlns:x='adobe:ns:meta/' xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'"
@@ -114,10 +120,44 @@ def named(tmp_path):
 
 def test_captions_in_a_table_of_paths(index, named):
     summary = index.update([named / "table.parquet"], progress=False)
-    assert (summary.added, summary.failures) == (3, [Failure(named / "gone.png", "no such file or directory")])
+    assert (summary.added, summary.failures) == (3, [Failure(named / "gone.png", GONE)])
     expected = {"red.png": "Beside it .", "lime.png": "Grass . A lawn .", "blue.png": None}
     assert captions(index, named) == expected
     assert index.update(progress=False).unchanged == 3
+
+
+def test_pictures_that_a_table_names_may_go(index, named):
+    table = named / "table.parquet"
+    index.update([table], progress=False)
+    (named / "lime.png").unlink()
+    summary = index.update(progress=False)
+    assert (summary.unchanged, summary.removed) == (2, 1)
+    assert summary.failures == [Failure(named / name, GONE) for name in ("lime.png", "gone.png")]
+    assert captions(index, named).keys() == {"red.png", "blue.png"}
+
+
+@pytest.mark.parametrize("away", ["the files", "the folder", "the place of a disk"])
+def test_pictures_that_are_gone_all_at_once_stay_and_are_told_of(index, tmp_path, away):
+    """As a folder that has vanished; those that the table names elsewhere are not concerned."""
+    disk, table = tmp_path / "disk", tmp_path / "table.parquet"
+    pictures = [paint(disk / f"{colour}.png", colour) for colour in ("red", "blue")]
+    here = [paint(tmp_path / "here" / f"{colour}.png", colour) for colour in ("lime", "white")]
+    pq.write_table(pa.table({"path": [str(path) for path in (*pictures, *here)]}), table)
+    index.update([table], progress=False)
+    unplugged = disk.rename(tmp_path / "unplugged")
+    here[0].unlink()
+    if away == "the files":
+        paint(disk / "other.png", "black")
+    elif away == "the place of a disk":
+        disk.mkdir()
+    summary = index.update(progress=False)
+    assert (summary.unchanged, summary.removed) == (1, 1)
+    assert summary.failures == [*(Failure(path, AWAY) for path in pictures), Failure(here[0], GONE)]
+    assert {photo.path for photo in index} == {*pictures, here[1]}
+    if disk.exists():
+        shutil.rmtree(disk)
+    unplugged.rename(disk)
+    assert str(index.update(progress=False)) == "0 added, 0 moved, 0 changed, 3 unchanged, 0 removed, 1 failed"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -137,6 +177,41 @@ def test_pictures_that_are_listed_and_named_by_a_table(index, named, order):
     assert captions(index, named) == {**expected, "red.png": "In the table ."}
 
 
+@pytest.mark.parametrize("roots", [("table.parquet",), ("table.parquet", "."), (".", "table.parquet")])
+def test_captions_follow_table_and_side_cars(index, named, roots):
+    """What is taken away is noticed as well, and a side-car without words leaves those of the table."""
+    table, sources = named / "table.parquet", [named / root for root in roots]
+    (named / "blue.xmp").write_text("<x/>")
+    paths = ["red.png", "lime.png", "blue.png"]
+
+    def updated(*texts):
+        pq.write_table(pa.table({"file_name": paths, "text": pa.array(texts, pa.string())}), table)
+        index.update(sources, progress=False)
+        assert (index.update(sources, progress=False).unchanged, index.update(progress=False).unchanged) == (3, 3)
+        return [captions(index, named)[path] for path in paths]
+
+    assert updated("Red .", "Lime .", "Blue .") == ["Beside it .", "Lime .", "Blue ."]
+    (named / "red.txt").unlink()
+    assert updated("Red .", None, "Sky .") == ["Red .", None, "Sky ."]
+
+
+def test_a_picture_that_is_listed_and_named_is_one():
+    """As on object storage, where a table doesn't know what lies beside the picture; in either order."""
+    path = absolute("s3://bucket/a.png")
+    listed = Found(path, Stamp(1, 2, 5 << 40))
+    told = Found(path, Stamp(1, 2, told_stamp("A .", None)), "A .")
+    both = Found(path, Stamp(1, 2, told_stamp("A .", 5 << 40)), "A .")
+    assert taken_once([listed, told]) == taken_once([told, listed]) == [both]
+    assert with_sidecars(told, listed.stamp) == both
+    assert all(is_unchanged(item.stamp, both.stamp) for item in (listed, told, both))
+    assert not is_unchanged(told.stamp, listed.stamp)  # it has something to say
+    assert not is_unchanged(listed.stamp, told.stamp)
+    assert is_unchanged(Stamp(1, 2), told.stamp)
+    assert not is_unchanged(Stamp(1, 2, told_stamp(None, None)), both.stamp)  # its caption was taken away
+    assert has_sidecars(both.stamp.sidecar)
+    assert not has_sidecars(told.stamp.sidecar)
+
+
 def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_path, monkeypatch):
     """One of fsspec's file systems, in memory; object storage itself is in test_lance_cluster.py."""
     memory = pytest.importorskip("fsspec").filesystem("memory")
@@ -150,7 +225,9 @@ def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_pa
     assert asked == []
     assert found.keys() == {*CAPTIONS, "shard.tar"}
     assert [name for name, item in found.items() if not item.stamp.sidecar] == ["4.png", "shard.tar"]
-    read = {name: read_header(item.path, item.stamp.sidecar > 0) for name, item in found.items() if name in CAPTIONS}
+    pictures = {name: item for name, item in found.items() if name in CAPTIONS}
+    beside = {name: item.path if has_sidecars(item.stamp.sidecar) else None for name, item in pictures.items()}
+    read = {name: read_header(item.path, words_beside(beside[name])) for name, item in pictures.items()}
     assert {name: header.caption for name, header in read.items()} == CAPTIONS
     inside = by_name(pictures_in(folder / "shard.tar"), folder / "shard.tar")
     assert {name: read_header(item.path).caption for name, item in inside.items()} == CAPTIONS
@@ -158,6 +235,30 @@ def test_captions_on_object_storage_cost_no_requests_where_there_are_none(tmp_pa
     memory.pipe_file("/captions/photos/4.txt", b"Night .")
     again = by_name(files_at(folder), folder)
     assert [name for name, item in again.items() if item != found[name]] == ["4.png"]
+
+
+def test_a_caption_that_object_storage_does_not_give_comes_with_the_next_update(index, monkeypatch):
+    """Of a picture that is embedded, and of its copy."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name in "ab":
+        memory.pipe_file(f"/busy/{name}.png", picture("red"))
+        memory.pipe_file(f"/busy/{name}.txt", b"A rose .")
+    files = list(files_at(absolute("fsspec+memory://busy")))
+    index.store.bind(name_of(index.embedder))
+
+    def taken():
+        list(ingest(index.store, index.embedder, files, progress=False))
+        known = {photo.path: photo.stamp for photo in index}
+        unchanged = [is_unchanged(item.stamp, known[item.path]) for item in files]
+        return [photo.metadata.caption for photo in index], unchanged
+
+    def busy(path, limit):
+        raise OSError("slow down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipmatch.metadata.read_small", busy)
+        assert taken() == ([None, None], [False, False])
+    assert taken() == (["A rose ."] * 2, [True, True])
 
 
 def by_name(items, folder):

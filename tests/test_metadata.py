@@ -11,9 +11,10 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
-from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP, sidecar_stamp
+from clipmatch.metadata import MAX_CAPTION, MAX_TEXT_FILE, MAX_XMP, words_beside
 from clipmatch.photo import Metadata
 from clipmatch.preprocess import ImageError, open_photo, read_header
+from clipmatch.sidecars import sidecar_stamp
 
 BASE, GPS = ExifTags.Base, ExifTags.GPS
 ROME = {1: "N", 2: (41.0, 53.0, 24.5), 3: "E", 4: (12.0, 29.0, 32.0)}
@@ -209,15 +210,15 @@ def test_the_order_of_the_sources_of_a_caption(tmp_path):
     (tmp_path / "photo.jpg.xmp").write_bytes(xmp_packet("from photo.jpg.xmp"))
     (tmp_path / "photo.json").write_text('{"key": "0", "caption": "from photo.json"}')
     (tmp_path / "photo.txt").write_text("from photo.txt")
-    assert read_header(save(path, **sources), told="from a table").caption == "from a table"
     seen = []
     for gone in ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp"):
-        seen.append(read_header(save(path, **sources)).caption)
+        seen.append(read_header(save(path, **sources), words_beside(path, "from a table")).caption)
         (tmp_path / gone).unlink()
+    seen.append(read_header(save(path, **sources), words_beside(path, "from a table")).caption)
     while sources:
         seen.append(read_header(save(path, **sources)).caption)
         sources.popitem()
-    names = ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp", "XMP", "IPTC", "EXIF")
+    names = ("photo.txt", "photo.json", "photo.jpg.xmp", "photo.xmp", "a table", "XMP", "IPTC", "EXIF")
     assert seen == [f"from {name}" for name in names]
 
 

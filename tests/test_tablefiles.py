@@ -76,3 +76,9 @@ def test_files_of_another_file_system_are_listed_and_read(tmp_path):
         list(remote.list_files(folder / "gone"))
     with pytest.raises(ClipmatchError, match="nosuch://shelf can't be read"):
         remote.status_of(absolute("nosuch://shelf/a.png"))
+
+
+def test_the_account_is_no_part_of_a_name_on_azure():
+    path = absolute("abfs://box@account.dfs.core.windows.net/photos/a.jpg")
+    assert remote.locate(path)[1] == "box/photos/a.jpg"
+    assert remote.locate(path.parents[1])[1] == "box"

@@ -16,7 +16,7 @@ import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.patience import count_anew, patiently
@@ -28,6 +28,7 @@ TABLES = 4096  # archives whose tables are kept: of 10,000 pictures each, a tabl
 TEXTS = 8  # archives of which the other files are known as well: whoever reads these goes through them in turn
 BLOCK = 512  # bytes, of a header
 READ = 1 << 20  # bytes hashed at once
+BUFFER = 1 << 18  # bytes that are read at once from object storage
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -176,7 +177,7 @@ def contents(archive: Path) -> Contents:
 def _contents(archive: str, modified: int, size: int) -> Contents:
     members, end, problem = [], 0, None
     try:
-        with open_raw(Path(archive)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with buffered(Path(archive)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 end = info.offset_data + info.size
                 if info.isreg() and not info.issparse() and end <= size:
@@ -189,6 +190,12 @@ def _contents(archive: str, modified: int, size: int) -> Contents:
     elif problem is None and not ends_well(archive, end):
         problem = f"damaged or cut off after {len(members)} files (no end mark)"
     return Contents(tuple(members), problem)
+
+
+def buffered(archive: Path) -> IO[bytes]:
+    """An archive whose headers are to be read; on object storage each read is a request. Raises OSError."""
+    file = open_raw(archive)
+    return io.BufferedReader(cast("io.RawIOBase", file), BUFFER) if is_remote(archive) else file
 
 
 def name_within(name: str) -> str:

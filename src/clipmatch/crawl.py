@@ -15,8 +15,8 @@ from pathlib import Path
 
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import SUFFIXES, is_image_name
-from clipmatch.metadata import sidecar_stamp
 from clipmatch.photo import Stamp
+from clipmatch.sidecars import sidecar_stamp
 
 GALLERY = "clipmatch-gallery.json"  # in a folder that export-gallery has made
 

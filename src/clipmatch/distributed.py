@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -35,11 +36,11 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.index import check_folders, name_of
-from clipmatch.ingest import Comparison, Summary, sort_out, take_in
+from clipmatch.ingest import Comparison, Summary, is_below, sort_out, take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.leave import give
-from clipmatch.listing import ARCHIVES, files_at, is_archive, pictures_in
+from clipmatch.listing import ARCHIVES, GONE, files_at, is_archive, pictures_in, taken_once
 from clipmatch.photo import Stamp
 from clipmatch.remote import absolute, is_remote
 from clipmatch.runtime import usable_cores
@@ -153,18 +154,21 @@ class Job:
         summary = Summary()
         for root in roots:
             seen: list[NDArray[np.int64]] = []
-            kept: list[Path] = []  # what lies below can't be told to be gone
+            kept: set[Path] = set()  # what lies below can't be told to be gone
+            before = len(summary.failures)
             listed = self.files(root, summary, kept)
             with tqdm(desc=f"photographs of {root.path.name}", unit="img", disable=not self.progress) as bar:
                 while part := list(islice(listed, LISTED)):
                     bar.total = bar.n + len(part)
                     seen.append(self.embed(part, summary, bar))
                     self.store.tidy()  # rows that no index knows yet are looked at one by one
-            kept += [failure.path for failure in summary.failures if is_archive(failure.path)]
-            self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, summary)
+            failures = summary.failures[before:]
+            kept |= {failure.path for failure in failures if is_archive(failure.path)}
+            gone = {failure.path for failure in failures if failure.reason == GONE}
+            self.forget_gone(root.path, np.concatenate([np.empty(0, np.int64), *seen]), kept, gone, summary)
         return summary
 
-    def files(self, root: Root, summary: Summary, kept: list[Path]) -> Iterator[Found]:
+    def files(self, root: Root, summary: Summary, kept: set[Path]) -> Iterator[Found]:
         """The pictures and archives below a root."""
         if is_remote(root.path):
             yield from files_at(root.path, root.exclude)
@@ -172,7 +176,7 @@ class Job:
         for item in walk(root.path, root.exclude, root.follow_links, also=ARCHIVES):
             if isinstance(item, Failure):
                 summary.failures.append(item)
-                kept.append(item.path)
+                kept.add(item.path)
             else:
                 yield item
 
@@ -182,10 +186,11 @@ class Job:
         When a worker is lost, what it and those after it had is shared out anew among those that are there.
         """
         left, numbers, lost = list(files), [np.empty(0, np.int64)], 0
+        done = numbers[0]
         while True:
             before = len(numbers)
             try:
-                for row in self.share_out(left):
+                for row in self.share_out(left, done):
                     for name in COUNTS:
                         setattr(summary, name, getattr(summary, name) + row[name])
                     summary.failures += [Failure(path_of(bad["path"]), bad["reason"]) for bad in row["failures"]]
@@ -203,15 +208,18 @@ class Job:
                     ) from error
                 bar.write(f"A worker was lost; its share is done again ({type(error).__name__}).", file=sys.stderr)
             done = np.sort(np.concatenate(numbers))
-            left = [item for item in left if not is_in(number_of(item.path), done)]
+            left = [item for item in left if is_archive(item.path) or not is_in(number_of(item.path), done)]
             time.sleep(lost * PAUSE)
 
-    def share_out(self, files: Sequence[Found]) -> Iterator[dict[str, Any]]:
-        """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost."""
+    def share_out(self, files: Sequence[Found], done: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+        """Files -> what became of each share, as soon as it is known. Raises RayError if a worker is lost.
+
+        done: as `open_archives` takes it.
+        """
         room = self.room()
         data = ray.data.from_arrow([as_table(files[at : at + SHARE]) for at in range(0, len(files), SHARE)])
         if any(is_archive(item.path) for item in files):
-            data = data.map_batches(open_archives, batch_size=None, batch_format="pyarrow")
+            data = data.map_batches(open_archives, fn_kwargs={"done": done}, batch_size=None, batch_format="pyarrow")
         made = data.map_batches(
             Worker,
             fn_constructor_kwargs=self.given,
@@ -231,8 +239,12 @@ class Job:
         have = ray.cluster_resources()
         return max(1, int(have.get("GPU", 0)) if self.on_gpus else int(have.get("CPU", 1)) - 1)  # one core reads
 
-    def forget_gone(self, root: Path, seen: NDArray[np.int64], kept: Sequence[Path], summary: Summary) -> None:
-        """Forget photographs and failures below a root whose files are not there any more."""
+    def forget_gone(
+        self, root: Path, seen: NDArray[np.int64], kept: AbstractSet[Path], gone: set[Path], summary: Summary
+    ) -> None:
+        """Forget photographs and failures below a root whose files are not there any more, and those that a table named
+        (`gone`), wherever they were.
+        """
         condition = below(root)
         if not len(seen):
             there = self.store.count(Filter(folders=(root,)))
@@ -241,12 +253,12 @@ class Job:
                 summary.failures.append(Failure(root, reason))
             return
         hashes = np.unique(seen)
-        gone = [
+        gone |= {
             path
             for name in ("photos", "failures")
             for path in self.store.paths_where(name, condition)
-            if not is_in(number_of(path), hashes) and not any(path.is_relative_to(place) for place in kept)
-        ]
+            if not is_in(number_of(path), hashes) and not is_below(path, kept)
+        }
         if gone:
             summary.removed += len(self.store.numbers_of(gone))
             self.store.delete(gone)
@@ -263,8 +275,7 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Files -> one row that counts them."""
         listed = from_table(batch)
-        # Tables may name what is listed as well: what lies beside a picture goes before their words.
-        files = {item.path: item for item in sorted(listed, key=tells)}.values()
+        files = taken_once(listed)
         there, summary = Comparison(), Summary()
         known, broken = self.store.stamps_of(item.path for item in files)
         there.known |= known.keys()
@@ -290,11 +301,6 @@ DONE = pa.schema(
 )
 
 
-def tells(item: Found | Failure) -> int:
-    """How much what is found says of a picture's caption: nothing, a table's words, side-cars."""
-    return 0 if isinstance(item, Failure) else 2 * (item.stamp.sidecar > 0) + (item.stamp.sidecar < -1)
-
-
 def as_table(files: Iterable[Found | Failure]) -> pa.Table:
     """What is found as rows."""
     return pa.Table.from_pylist(
@@ -318,13 +324,16 @@ def from_table(rows: pa.Table) -> list[Found | Failure]:
     ]
 
 
-def open_archives(batch: pa.Table) -> Iterator[pa.Table]:
-    """Files, among them archives -> the other files, then the pictures in each archive."""
+def open_archives(batch: pa.Table, done: NDArray[np.int64]) -> Iterator[pa.Table]:
+    """Files, among them archives -> the other files, then the pictures in each archive.
+
+    done: [n], rising: the numbers of paths that are left out, because a worker was lost only after them.
+    """
     files = from_table(batch)
     yield as_table(item for item in files if not is_archive(item.path))
     for item in files:
         if is_archive(item.path):
-            yield as_table(pictures_in(item.path))
+            yield as_table(found for found in pictures_in(item.path) if not is_in(number_of(found.path), done))
 
 
 def actor_settings() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING, missing_library
-from clipmatch.listing import is_archive, pictures_in
+from clipmatch.listing import GONE, is_archive, pictures_in, with_sidecars
+from clipmatch.metadata import Words, words_beside
 from clipmatch.patience import patiently, too_long
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
@@ -36,6 +37,7 @@ from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_head
 from clipmatch.remote import is_remote, open_raw
 from clipmatch.runtime import usable_cores
 from clipmatch.sanity import are_unit
+from clipmatch.sidecars import has_sidecars, is_known, without_sidecars
 from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
@@ -166,9 +168,9 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     """Look at every file below the roots once; count the unchanged, and report what failed before and still would."""
     found = Comparison()
     seen: set[Path] = set()
-    kept: list[Path] = []  # what lies below can't be told to be gone
+    kept: set[Path] = set()  # what lies below can't be told to be gone
     failed: set[Path] = set()
-    for root in roots:
+    for root in sorted(roots, key=lambda root: not is_archive(root.path)):  # a table says more than the folder
         known, broken = store.stamps(root.path)
         failed |= broken.keys()
         items: Iterable[Found | Failure] = files_below(root)
@@ -180,23 +182,27 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
         for item in items:
             if isinstance(item, Failure):
                 summary.failures.append(item)
-                kept.append(item.path)
+                if item.reason != GONE:
+                    kept.add(item.path)
             elif item.path not in seen:
                 seen.add(item.path)
                 sort_out(item, stamps, broken, found, summary)
         if keep_empty and known and not any(path.is_relative_to(root.path) for path in seen) and root.path not in kept:
             reason = f"it is empty now; its {len(known)} photographs stay until it is removed: clipmatch index --remove"
             summary.failures.append(Failure(root.path, reason))
-            kept.append(root.path)
+            kept.add(root.path)
     named = {root.path for root in roots}
     absent = {
-        path
-        for path in (found.known | failed) - seen
-        if not any(path.is_relative_to(place) for place in kept) and not is_in_another(path, named)
+        path for path in (found.known | failed) - seen if not is_below(path, kept) and not is_in_another(path, named)
     }
     found.gone = digests_of(store, absent & found.known)
     found.mended = absent - found.known
     return found
+
+
+def is_below(path: Path, places: AbstractSet[Path]) -> bool:
+    """Whether a path is one of some places, or lies below one."""
+    return not places.isdisjoint((path, *path.parents))
 
 
 def is_in_another(path: Path, roots: AbstractSet[Path]) -> bool:
@@ -237,19 +243,14 @@ def sort_out(
     elif item.path in broken and is_unchanged(item.stamp, broken[item.path][0]):
         summary.failures.append(Failure(item.path, broken[item.path][1]))
     else:
-        found.fresh.append(item)
+        found.fresh.append(with_sidecars(item, known.get(item.path)))
 
 
 def is_unchanged(now: Stamp, known: Stamp | None) -> bool:
-    """Whether a file is as the store knows it.
-
-    A picture that a table names may be found by itself as well, as two stamps: what lies beside it goes before what a
-    table says of it, and that before nothing, whichever comes last.
-    """
+    """Whether a file is as the store knows it, by whatever has found it: its folder, or a table that names it."""
     if known is None or (now.size, now.mtime) != (known.size, known.mtime):
         return False
-    silent = now.sidecar == -1 or (now.sidecar < 0 < known.sidecar) or (now.sidecar == 0 > known.sidecar)
-    return silent or now.sidecar == known.sidecar
+    return is_known(now.sidecar, known.sidecar)
 
 
 def digests_of(store: PhotoStore, paths: set[Path]) -> dict[Path, str]:
@@ -375,29 +376,46 @@ class Looks:
         self.stamps, self.captions = stamps, captions
         self.metadata: dict[Path, Metadata] = {}
         self.hashes: dict[Path, int] = {}
+        self.silent: set[Path] = set()  # those whose side-cars object storage didn't give
 
     def read(self, path: Path, min_size: int | None) -> Image.Image:
         """As `load_image`; remembers what it saw. Called from several threads."""
-        image, self.metadata[path] = open_photo(path, min_size, self.stamps[path].sidecar > 0, self.captions[path])
+        image, self.metadata[path] = open_photo(path, min_size, self.beside(path))
         self.hashes[path] = picture_hash(image)
         return image
+
+    def beside(self, path: Path) -> Words:
+        """The words outside a picture's file, of those that can be had now."""
+        told = self.captions[path]
+        if not has_sidecars(self.stamps[path].sidecar):
+            return words_beside(None, told)
+        try:
+            return patiently(partial(words_beside, path, told))
+        except OSError:
+            self.silent.add(path)
+            return words_beside(None, told)
+
+    def stamp(self, path: Path) -> Stamp:
+        """A picture's stamp; where words could not be had, one that the next update finds to have changed."""
+        stamp = self.stamps[path]
+        return replace(stamp, sidecar=without_sidecars(stamp.sidecar)) if path in self.silent else stamp
 
 
 def photograph(path: Path, digest: str, batch: Batch, relatives: Mapping[str, Photo]) -> Photo:
     """A file whose content has a vector -> its row; a copy has its own caption, for that may lie beside it."""
-    looks, stamp = batch.looks, batch.stamps[path]
+    looks = batch.looks
     if path in looks.metadata:
-        return Photo(path, digest, stamp, looks.metadata[path], looks.hashes[path])
+        return Photo(path, digest, looks.stamp(path), looks.metadata[path], looks.hashes[path])
     if digest in relatives:
         known, twin_hash = relatives[digest].metadata, relatives[digest].picture_hash
     else:
         twin = batch.first[digest]
         known, twin_hash = looks.metadata[twin], looks.hashes[twin]
     try:
-        metadata = read_header(path, stamp.sidecar > 0, batch.captions[path])
+        metadata = read_header(path, looks.beside(path))
     except ImageError:  # it has gone since it was hashed
         metadata = known
-    return Photo(path, digest, stamp, metadata, twin_hash)
+    return Photo(path, digest, looks.stamp(path), metadata, twin_hash)
 
 
 def picture_hash(image: Image.Image) -> int:

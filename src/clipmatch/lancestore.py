@@ -678,9 +678,11 @@ class LanceStore:
             indexes = photos.list_indices()
             if len(self) >= approximate.LEAST and not any(index.columns == ["vector"] for index in indexes):
                 photos.create_index("vector", config=IvfRq(distance_type="dot"))
-            if any(index.num_unindexed_rows for index in indexes):
-                for name in ("photos", *SMALL):
-                    self._table(name).optimize(cleanup_older_than=KEPT)
+            unindexed = any(index.num_unindexed_rows for index in indexes)
+            for name in ("photos", *SMALL):
+                table = self._table(name)
+                if unindexed or len(table.list_versions()) > 1:  # deletions leave some, too
+                    table.optimize(cleanup_older_than=KEPT)
 
     def collection(self, calibration: Calibration | None) -> Collection | None:
         """The search of its own, for very many photographs."""

@@ -7,7 +7,7 @@ looks for the side-cars of those that are listed in the listing itself, never by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -17,14 +17,17 @@ from clipmatch.archive import contents
 from clipmatch.crawl import Found
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import is_image_name
-from clipmatch.metadata import SIDECARS, attempt, listed_stamp, sidecar_names, sidecar_stamp, told_stamp
+from clipmatch.metadata import attempt
 from clipmatch.photo import Stamp
 from clipmatch.preprocess import plain_reason
 from clipmatch.remote import absolute, is_remote, list_files, status_of
+from clipmatch.sidecars import SIDECARS, completed, listed_stamp, sidecar_names, sidecar_stamp, told_stamp
 from clipmatch.tablefiles import SUFFIX as PARQUET
-from clipmatch.tablefiles import captions_in, linked, row_names
+from clipmatch.tablefiles import captions_in, has_captions, linked, row_names
 
 ARCHIVES = (".tar", PARQUET)
+GONE = "it is not there, and its table still names it"
+AWAY = "it is not there now, nor any other in its folder; it stays until it is removed: clipmatch index --remove"
 
 
 def is_archive(path: Path) -> bool:
@@ -76,7 +79,8 @@ def members_of(archive: Path, modified: int) -> Iterator[Found | Failure]:
 def rows_of(table: Path, modified: int) -> Iterator[Found | Failure]:
     """The pictures in a Parquet file, or those whose paths it has, which are meant from its folder on, with captions.
 
-    Raises OSError if it can't be read.
+    A picture that is not there is gone, unless all that are named in its folder are not there: that may be of a disk
+    that is not plugged in. Raises OSError if it can't be read.
     """
     paths, captions = linked(table), captions_in(table)
     if paths is None:
@@ -88,17 +92,43 @@ def rows_of(table: Path, modified: int) -> Iterator[Found | Failure]:
     for text, words in zip(paths, captions, strict=True):
         if text:
             told.setdefault(absolute(text if is_remote(text) else table.parent / text), []).extend(words)
-    for path, words in told.items():
-        yield named(path, " ".join(dict.fromkeys(words)) or None)
+    speaks = has_captions(table)
+    items = [named(path, " ".join(dict.fromkeys(words)) or None, speaks) for path, words in told.items()]
+    folders = {item.path.parent for item in items if isinstance(item, Found)}
+    for item in items:
+        away = isinstance(item, Failure) and item.reason == GONE and item.path.parent not in folders
+        yield Failure(item.path, AWAY) if away else item
 
 
-def named(path: Path, caption: str | None) -> Found | Failure:
-    """A picture that a table names. If it lies here, side-cars beside it go before the table, as for all files here."""
+def named(path: Path, caption: str | None, speaks: bool) -> Found | Failure:
+    """A picture that a table names; if it lies here, its side-cars are looked for. speaks: whether the table has
+    captions at all, so that none is one that may have been taken away.
+    """
     try:
         size, modified = status_of(path)
+    except FileNotFoundError:
+        return Failure(path, GONE)
     except (OSError, ValueError, ClipmatchError) as error:  # a null byte; an address of no file system
         return Failure(path, plain_reason(error))
-    beside = 0 if is_remote(path) else sidecar_stamp(path)
-    if beside:
-        return Found(path, Stamp(size, modified, beside))
-    return Found(path, Stamp(size, modified, told_stamp(caption)), caption)
+    beside = None if is_remote(path) else sidecar_stamp(path)
+    return Found(path, Stamp(size, modified, told_stamp(caption, beside) if speaks else beside or 0), caption)
+
+
+def taken_once(items: Iterable[Found | Failure]) -> list[Found | Failure]:
+    """Pictures that are both listed and named by tables, or named twice, as one each: with side-cars and caption."""
+    once: dict[Path, Found | Failure] = {}
+    for item in items:
+        other = once.get(item.path)
+        if isinstance(item, Found) and isinstance(other, Found):
+            first, second = (item, other) if item.stamp.sidecar < 0 else (other, item)
+            once[item.path] = with_sidecars(first, second.stamp)
+        elif not isinstance(other, Found):
+            once[item.path] = item
+    return list(once.values())
+
+
+def with_sidecars(item: Found, known: Stamp | None) -> Found:
+    """What a table names, with what is known of its side-cars already, where the table can't tell."""
+    if known is None:
+        return item
+    return replace(item, stamp=replace(item.stamp, sidecar=completed(item.stamp.sidecar, known.sidecar)))

@@ -9,15 +9,11 @@ is None. The parsers are imported where a photograph needs them: a query does no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -25,6 +21,8 @@ from clipmatch.archive import read_small
 from clipmatch.formats import captions_of
 from clipmatch.imageformats import ORIENTATION_TAG, RAW_SIZE
 from clipmatch.photo import Metadata
+from clipmatch.remote import is_remote
+from clipmatch.sidecars import sidecar_names
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element  # nosec B405
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Words: TypeAlias = "tuple[str | None, list[str]]"  # a caption and keywords
 
-SIDECARS = (".txt", ".json", ".xmp")
 MAX_TEXT_FILE = 1 << 16  # bytes; longer ones are no captions
 MAX_XMP = 1 << 22  # bytes; editors put their masks and history into it
 MAX_CAPTION = 10_000  # characters
@@ -61,15 +58,16 @@ CAMERA_DEFAULT = re.compile(  # what cameras and programs write in place of a de
 )
 
 
-def read_metadata(path: Path, image: Image.Image, sidecars: bool = True, told: str | None = None) -> Metadata:
-    """What the file and its side-cars say; `image` is opened and not decoded at a reduced size. Never raises.
+def read_metadata(path: Path, image: Image.Image, beside: Words | None = None) -> Metadata:
+    """What the file says, and what is said of it; `image` is opened and not decoded at a reduced size. Never raises.
 
-    sidecars: whether there may be any. told: the caption in the table that has or names the picture.
+    beside: the words outside the file (`words_beside`); None: side-cars are looked for here.
     """
     exif = attempt(image.getexif) or no_exif()
     latitude, longitude = attempt(lambda: position_of(exif)) or (None, None)
     camera = attempt(lambda: camera_of(exif))
-    caption = attempt(lambda: caption_of(path if sidecars else None, image, exif, told))
+    words = (attempt(lambda: words_beside(path)) or (None, [])) if beside is None else beside
+    caption = attempt(lambda: caption_of(image, exif, words))
     return Metadata(*upright_size(image), attempt(lambda: taken_of(exif)), latitude, longitude, camera, caption)
 
 
@@ -158,25 +156,19 @@ def camera_of(exif: Image.Exif) -> str | None:
 # Caption
 
 
-def caption_of(path: Path | None, image: Image.Image, exif: Image.Exif, told: str | None = None) -> str | None:
+def caption_of(image: Image.Image, exif: Image.Exif, beside: Words) -> str | None:
     """The words that people gave to a photograph, in one line, keywords in brackets: "Grandma's birthday [cake, Rome]".
 
-    The caption is the first of: what a table says, the text file or JSON file of the same name (photo.txt, photo.json,
-    as beside training pictures), the description or title in an XMP side-car (photo.jpg.xmp or photo.xmp) or else
-    embedded, the IPTC caption, the EXIF description. What cameras write there by themselves is passed over. Keywords
-    count, because tagging is how most people caption; they are those of the first XMP or IPTC part that has any.
-    path: None where nothing lies beside it.
+    The caption is the first of: that beside the file, the description or title that is embedded as XMP, the IPTC
+    caption, the EXIF description. What cameras write there by themselves is passed over. Keywords count, because
+    tagging is how most people caption; they are those of the first XMP or IPTC part that has any.
     """
-    caption = as_text(told)
-    keywords: list[str] = []
-    sources: list[Callable[[], Words]] = []
-    if path is not None:
-        text, record, *packets = (path.with_name(name) for name in sidecar_names(path.name))
-        caption = caption or attempt(lambda: text_file(text)) or attempt(lambda: json_file(record))
-        sources += [partial(xmp_file, packet) for packet in packets]
-    sources.append(lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)))
-    sources.append(lambda: iptc_words(image))
-    sources.append(lambda: (own_words([exif.get(DESCRIPTION)]), []))
+    caption, keywords = beside
+    sources: tuple[Callable[[], Words], ...] = (
+        lambda: xmp_words(image.info.get("xmp") or exif.get(XMP_TAG)),
+        lambda: iptc_words(image),
+        lambda: (own_words([exif.get(DESCRIPTION)]), []),
+    )
     for source in sources:
         words, tags = attempt(source) or (None, [])
         caption, keywords = caption or words, keywords or tags
@@ -251,6 +243,41 @@ def decode(data: bytes) -> str:
 # Side-cars
 
 
+def words_beside(path: Path | None, told: str | None = None) -> Words:
+    """The caption and keywords outside a photograph's file.
+
+    The caption is the first of: the text file or JSON file of the same name (photo.txt, photo.json, as beside training
+    pictures), the description or title in an XMP side-car (photo.jpg.xmp or photo.xmp), and `told`, that of a table.
+    path: None where nothing lies beside it. Raises OSError if object storage doesn't give a side-car now.
+    """
+    caption: str | None = None
+    keywords: list[str] = []
+    if path is not None:
+        text, record, *packets = (path.with_name(name) for name in sidecar_names(path.name))
+        caption = unless_absent(text_file, text) or unless_absent(json_file, record)
+        for packet in packets:
+            words, tags = unless_absent(xmp_file, packet) or (None, [])
+            caption, keywords = caption or words, keywords or tags
+    return caption or as_text(told), keywords
+
+
+def unless_absent(read: Callable[[Path], T], path: Path) -> T | None:
+    """What `read` makes of a side-car; None if there is none, or it can't be made sense of.
+
+    Raises OSError if object storage doesn't give it now; what can't be read on a disk stays so.
+    """
+    try:
+        return read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        if is_remote(path):
+            raise
+    except Exception:  # damaged in whatever way
+        return None
+    return None
+
+
 def xmp_file(path: Path) -> Words:
     """Of an XMP side-car. Raises OSError if there is none."""
     return xmp_words(read_small(path, MAX_XMP))
@@ -267,41 +294,3 @@ def json_file(path: Path) -> str | None:
     """The captions in a small JSON file. Raises OSError if there is none, ValueError for no JSON."""
     record = json.loads(read_small(path, MAX_TEXT_FILE) or b"null")
     return as_text(" ".join(captions_of(record))) if isinstance(record, dict) else None
-
-
-def sidecar_names(name: str) -> tuple[str, str, str, str]:
-    """photo.txt; photo.json; photo.jpg.xmp (darktable, digiKam), which belongs to one file alone; photo.xmp (Adobe)."""
-    stem = os.path.splitext(name)[0]  # noqa: PTH122 (it is asked of every file: pathlib takes much longer)
-    return f"{stem}.txt", f"{stem}.json", f"{name}.xmp", f"{stem}.xmp"
-
-
-def sidecar_stamp(path: Path, names: AbstractSet[str] | None = None) -> int:
-    """A number of 63 bits that changes when a side-car comes, changes or goes; 0 if there is none.
-
-    names: those of the files in the same folder, where they are known; then a photograph without a side-car costs no
-    look at the disk.
-    """
-    there = []
-    for name in sidecar_names(path.name):
-        if names is None or name in names:
-            status = attempt(path.with_name(name).stat)
-            if status:
-                there.append((name, status.st_size, status.st_mtime_ns))
-    return number_of(there) if there else 0
-
-
-def listed_stamp(name: str, listed: Mapping[str, tuple[int, int]]) -> int:
-    """`sidecar_stamp` of a file that a listing names, whose side-cars are listed with their sizes and times."""
-    there = [(beside, *listed[beside]) for beside in sidecar_names(name) if beside in listed]
-    return number_of(there) if there else 0
-
-
-def told_stamp(caption: str | None) -> int:
-    """The same of a caption in a table, negative; -1 for none."""
-    return -number_of(caption) if caption else -1
-
-
-def number_of(value: object) -> int:
-    """A number of 63 bits, above 0, that is another one for another value."""
-    digest = hashlib.blake2b(repr(value).encode(errors="backslashreplace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1 or 1

@@ -15,8 +15,8 @@ from typing import Any
 class Stamp:
     """What changes when a file changes: size in bytes, modification time in ns, and what lies beside it.
 
-    sidecar: 0 if nothing does; of side-car files a positive number (`metadata.sidecar_stamp`); of a picture in a table,
-    or named by one, a negative number of the caption there (`metadata.told_stamp`).
+    sidecar: 0 if nothing does; of side-car files a positive number (`sidecars.sidecar_stamp`); of a picture in a table,
+    or named by one, a negative number of these and of the caption there (`sidecars.told_stamp`).
     """
 
     size: int

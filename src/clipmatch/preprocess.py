@@ -25,7 +25,7 @@ from clipmatch.archive import open_file
 from clipmatch.config import PreprocessConfig
 from clipmatch.errors import ClipmatchError
 from clipmatch.imageformats import RAW_SUFFIXES, is_heif, open_heif, open_raw
-from clipmatch.metadata import orientation_of, read_metadata
+from clipmatch.metadata import Words, orientation_of, read_metadata
 from clipmatch.patience import Turn, patiently
 from clipmatch.photo import Metadata
 from clipmatch.tokenizer import as_tensor
@@ -83,7 +83,7 @@ def in_time(
     """The same for a file that may hang, or its decoder: after `patience.LIMIT` seconds it is an `ImageError`."""
 
     @wraps(read)
-    def read_in_time(path: str | Path, *given: Settings.args, **named: Settings.kwargs) -> Made:
+    def read_in_time(path: str | Path, /, *given: Settings.args, **named: Settings.kwargs) -> Made:
         try:
             return patiently(partial(read, path, *given, **named))
         except TimeoutError as error:
@@ -109,25 +109,24 @@ def load_image(
 
 @in_time
 def open_photo(
-    path: str | Path, min_size: int | None = None, sidecars: bool = True, told: str | None = None
+    path: str | Path, min_size: int | None = None, beside: Words | None = None
 ) -> tuple[Image.Image, Metadata]:
     """`load_image` and `read_header` of a file that is opened once. Raises ImageError."""
     with opened(Path(path)) as image:
         if image.format == "PNG":  # whose EXIF data may come last: a look at them first would hide damaged pixels
-            return decoded(image, min_size), read_metadata(Path(path), image, sidecars, told)
-        metadata = read_metadata(Path(path), image, sidecars, told)  # first: a reduced picture has lost its size
+            return decoded(image, min_size), read_metadata(Path(path), image, beside)
+        metadata = read_metadata(Path(path), image, beside)  # first: a reduced picture has lost its size
         return decoded(image, min_size), metadata
 
 
 @in_time
-def read_header(path: str | Path, sidecars: bool = True, told: str | None = None) -> Metadata:
+def read_header(path: str | Path, beside: Words | None = None) -> Metadata:
     """What an image file says about its picture, which is decoded only if need be (PNG). Raises ImageError.
 
-    sidecars: whether there may be files beside it that say more; to look for them takes time. told: the caption in the
-    table that has or names the picture.
+    beside: the words outside the file (`metadata.words_beside`); None: side-cars are looked for, which takes time.
     """
     with opened(Path(path)) as image:
-        return read_metadata(Path(path), image, sidecars, told)
+        return read_metadata(Path(path), image, beside)
 
 
 def decoded(image: Image.Image, min_size: int | None, most: int | None = None) -> Image.Image:

@@ -135,22 +135,28 @@ def list_files(folder: Path) -> Listing:
         listed = [root] if root.is_file else system.get_file_info(FileSelector(inside, recursive=True))
     except OSError as error:
         raise ClipmatchError(f"{address_of(folder)} can't be read ({reason_of(error)}); check its name.") from error
-    return Listing(folder, inside, listed)
+    return Listing(folder, inside.strip("/"), listed)
 
 
 def locate(path: Path) -> tuple[Any, str]:
     """The file system of a path, and the name of the file there. Raises OSError."""
     scheme, _, rest = address_of(path).partition("://")
-    return file_system(scheme, rest.split("/")[0]), rest
+    bucket, _, below = rest.partition("/")
+    system, inside = file_system(scheme, bucket)
+    return system, f"{inside}/{below}" if below else inside or "/"
 
 
 @lru_cache
-def file_system(scheme: str, bucket: str) -> Any:
-    """The file system that holds a bucket. Raises ClipmatchError if there is none of that scheme."""
+def file_system(scheme: str, bucket: str) -> tuple[Any, str]:
+    """The file system that holds a bucket, and the bucket's name there: of Azure without the account, of HDFS "".
+
+    Raises ClipmatchError if there is none of that scheme.
+    """
     try:
         from pyarrow.fs import FileSystem
 
-        return FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        system, inside = FileSystem.from_uri(f"{scheme}://{bucket}")
+        return system, str(inside).rstrip("/")
     except ModuleNotFoundError as error:
         raise ClipmatchError(f'{scheme}:// needs pyarrow: pip install "clipmatch[distributed]"') from error
     except ValueError as error:  # of Arrow's errors: an unknown scheme

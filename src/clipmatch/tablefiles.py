@@ -54,6 +54,11 @@ def linked(path: Path) -> list[str] | None:
     return found
 
 
+def has_captions(path: Path) -> bool:
+    """Whether a file has a column of captions. Raises OSError if it can't be read."""
+    return bool(opened(path).captions)
+
+
 def captions_in(path: Path) -> list[list[str]]:
     """The captions of each row, of none an empty list. Raises OSError if the file can't be read."""
     table = opened(path)
