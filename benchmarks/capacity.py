@@ -65,7 +65,7 @@ def parse():
     parser.add_argument("--days", type=float, default=1, help="in which to embed all")
     parser.add_argument("--cores", type=int, default=32, help="of a machine")
     parser.add_argument("--core-hour", type=float, default=0.02, help="price of a core for an hour")
-    parser.add_argument("--requests", type=float, default=1, help="to storage for a picture; far fewer from archives")
+    parser.add_argument("--requests", type=float, default=2, help="to storage for a picture: its size, its bytes")
     parser.add_argument("--million-requests", type=float, default=0.4, help="price of a million of them")
     parser.add_argument("--gb-month", type=float, default=0.023, help="price of a GB of object storage for a month")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Captions and pictures inside tar archives, whole and damaged."""
 
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -273,3 +274,16 @@ def test_headers_on_object_storage_are_read_many_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "open_raw", Counting)
     assert len(archive.contents(absolute("fsspec+memory://headers/x.tar")).members) == 100
     assert 0 < len(reads) < 20
+
+
+def test_a_picture_on_object_storage_is_fetched_once_for_both_of_its_readers(tmp_path, monkeypatch):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    shard = pack(tmp_path / "x.tar", [("0.png", picture("red"))])
+    memory.pipe_file("/once/x.tar", shard.read_bytes())
+    memory.pipe_file("/once/0.png", picture("red"))
+    fetched = []
+    monkeypatch.setattr(archive, "read_now", lambda path, read=archive.read_now: fetched.append(path) or read(path))
+    for path in (absolute("fsspec+memory://once/x.tar") / "0.png", absolute("fsspec+memory://once/0.png")):
+        assert archive.digest_of(path) == hashlib.sha256(picture("red")).hexdigest()
+        assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
+        assert fetched.count(path) == 1

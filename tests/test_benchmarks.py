@@ -43,7 +43,7 @@ def test_capacity():
     printed = run("capacity.py", "--pictures", 1e6, "--core-second", 0.036, "--dim", 100, "--row-bytes", 600)
     figures = dict(line.strip("| ").split(" | ") for line in printed.splitlines() if " | " in line)
     assert figures["core hours to embed"] == "10"
-    assert figures["cost of the requests for them"] == "0.4"
+    assert figures["cost of the requests for them"] == "0.8"
     assert figures["rows alone, GB: float32"] == "0.4"
     assert figures["table, TB (float32 rows and what is known of the pictures)"] == "0.001"
 

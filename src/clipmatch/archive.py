@@ -20,7 +20,7 @@ from typing import IO, cast
 
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.patience import count_anew, patiently
-from clipmatch.remote import is_remote, open_raw, read_whole, status_of
+from clipmatch.remote import fetch_once, is_remote, open_raw, read_whole, status_of
 from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import read_row, row_names
 
@@ -56,12 +56,14 @@ def open_file(path: Path) -> IO[bytes]:
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
+    return fetch_once(path, read_now) if is_remote(path) else read_now(path)
+
+
+def read_now(path: Path) -> bytes:
+    """`read_bytes`, from where they lie."""
     inside = locate(path)
-    if inside is None and is_remote(path):
-        return read_whole(path)
     if inside is None:
-        with open_raw(path) as file:
-            return file.read()
+        return read_whole(path)
     archive, name = inside
     if archive.suffix.lower() == PARQUET:
         return read_row(archive, name)

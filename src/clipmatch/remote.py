@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from clipmatch.errors import ClipmatchError, reason_of
 from clipmatch.photo import Stamp
 
 KEPT = 256 << 20  # bytes
-PART = 1 << 20  # bytes read at once
+PART = 16 << 20  # bytes read at once: a request for each part, of which most pictures need one
 fetched: dict[Path, bytes] = {}  # the oldest first
 turn = Lock()
 NOT_REGULAR = "it is not a regular file"
@@ -69,14 +69,7 @@ def open_regular(path: str, flags: int) -> int:
 
 
 def read_whole(path: Path) -> bytes:
-    """The bytes of a file that is read twice, first to be hashed and then to be decoded: it is fetched once.
-
-    What the second reader never comes for is forgotten. Raises OSError.
-    """
-    with turn:
-        data = fetched.pop(path, None)
-    if data is not None:
-        return data
+    """The bytes of a file. Raises OSError."""
     from clipmatch.patience import count_anew  # a query does without it
 
     parts = []
@@ -84,7 +77,19 @@ def read_whole(path: Path) -> bytes:
         while part := file.read(PART):
             parts.append(part)
             count_anew()  # a large file on a slow line takes long, and comes
-    data = b"".join(parts)
+    return b"".join(parts)
+
+
+def fetch_once(path: Path, fetch: Callable[[Path], bytes]) -> bytes:
+    """The bytes of a picture that is read twice, first to be hashed and then to be decoded: they are fetched once.
+
+    What the second reader never comes for is forgotten. Raises what `fetch` does.
+    """
+    with turn:
+        data = fetched.pop(path, None)
+    if data is not None:
+        return data
+    data = fetch(path)
     with turn:
         fetched[path] = data
         while sum(map(len, fetched.values())) > KEPT:
