@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from album import serving
 
+from clipmatch.studio import Studio
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -22,13 +24,16 @@ def test_a_family_for_a_moment(tmp_path):
     assert "| thumb |" in done.stdout
 
 
-def test_the_server_keeps_to_its_own_description(album, embedded, tmp_path):
+def test_the_server_keeps_to_its_own_description(album, embedded, model_folder, vqgan, tmp_path):
     """Whatever that allows is answered as it says, whatever else with a sentence; nothing is a server error."""
     pytest.importorskip("schemathesis", reason="the extra `dev` is not installed")
-    with serving(album.copy(tmp_path).index, embedded) as address:
-        command = [sys.executable, BENCHMARKS / "api_fuzz.py", "--server", address, "--examples", "8"]
+    studio = Studio(str(model_folder), str(vqgan))
+    with serving(album.copy(tmp_path).index, embedded, studio=studio) as address:
+        command = [sys.executable, BENCHMARKS / "api_fuzz.py", "--server", address, "--examples", "12"]
         done = subprocess.run([*command, "--json", tmp_path / "fuzz.json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "fuzz.json").read_text())
     assert found["requests"] > 60
     assert not [code for code in found["statuses"] if int(code) >= 500]
+    assert found["paints"]
+    assert not [label for label, codes in found["endpoints"].items() if not codes["answered"]]

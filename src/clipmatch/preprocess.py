@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
@@ -82,13 +82,13 @@ def in_time(
 ) -> Callable[Concatenate[str | Path, Settings], Made]:
     """The same for a file that may hang, or its decoder: after `patience.LIMIT` seconds it is an `ImageError`."""
 
-    @wraps(read)
     def read_in_time(path: str | Path, /, *given: Settings.args, **named: Settings.kwargs) -> Made:
         try:
             return patiently(partial(read, path, *given, **named))
         except TimeoutError as error:
             raise ImageError(Path(path), plain_reason(error)) from error
 
+    update_wrapper(read_in_time, read)
     return read_in_time
 
 

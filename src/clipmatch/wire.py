@@ -7,12 +7,14 @@ Knows nothing of HTTP. A photograph's path is shown, never taken: clients name p
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from clipmatch.output import printable
 from clipmatch.photo import Photo
@@ -22,8 +24,23 @@ from clipmatch.store import Filter
 
 LONGEST = 1000  # characters of a query
 MANY = 500  # photographs that may be ticked or crossed
+DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 Named: TypeAlias = "Callable[[Path], str]"
-Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 53)]  # the number of a photograph
+
+
+def a_day(value: Any) -> Any:
+    """A text that is a day as the description has it; Pydantic also takes moments, and seconds since 1970."""
+    if not isinstance(value, date) and not (isinstance(value, str) and DAY.fullmatch(value)):
+        raise PydanticCustomError("day", "Input should be a day, such as 2023-06-15")
+    return value
+
+
+# Of each kind what JSON has of it: Pydantic also takes true and "1" for numbers, and 1 and "yes" for true.
+Whole: TypeAlias = Annotated[int, Field(strict=True)]
+Part: TypeAlias = Annotated[float, Field(strict=True)]
+Truth: TypeAlias = Annotated[bool, Field(strict=True)]
+Day: TypeAlias = Annotated[date, BeforeValidator(a_day)]
+Id: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]  # the number of a photograph
 # A camera's clock knows no zone, which the form that OpenAPI calls "date-time" has to have.
 Moment: TypeAlias = Annotated[datetime, WithJsonSchema({"type": "string", "title": "ISO 8601, without a zone"})]
 EITHER = {"anyOf": [{"type": "string"}, {"type": "number"}]}
@@ -39,12 +56,12 @@ class Strict(BaseModel):
 class Where(Strict):
     """Which photographs take part. before: itself left out. min_side: pixels. min_size: bytes. folder: as in status."""
 
-    after: date | None = None
-    before: date | None = None
+    after: Day | None = None
+    before: Day | None = None
     camera: str | None = Field(default=None, max_length=LONGEST)
-    min_side: int | None = Field(default=None, ge=1, lt=1 << 53)
-    min_size: int | None = Field(default=None, ge=1, lt=1 << 53)
-    has_caption: bool = False
+    min_side: Whole | None = Field(default=None, ge=1, lt=1 << 53)
+    min_size: Whole | None = Field(default=None, ge=1, lt=1 << 53)
+    has_caption: Truth = False
     folder: str | None = Field(default=None, max_length=10 * LONGEST)
 
     def filter(self, folders: Mapping[str, Path]) -> Filter:
@@ -64,8 +81,8 @@ class Listing(Strict):
     """Which photographs to list, and which page of them."""
 
     where: Where = Where()
-    page: int = Field(default=1, ge=1, le=2000)
-    size: int = Field(default=60, ge=1, le=200)
+    page: Whole = Field(default=1, ge=1, le=2000)
+    size: Whole = Field(default=60, ge=1, le=200)
 
 
 class Question(Listing):
@@ -80,8 +97,8 @@ class Question(Listing):
     liked: list[Id] = Field(default=[], max_length=MANY)
     disliked: list[Id] = Field(default=[], max_length=MANY)
     exclude: list[str] = Field(default=[], max_length=20)
-    min_confidence: float | None = Field(default=None, ge=0, le=1)
-    hybrid: bool = False
+    min_confidence: Part | None = Field(default=None, ge=0, le=1)
+    hybrid: Truth = False
 
     def request(self, folders: Mapping[str, Path], sentence: bool) -> Request:
         """How to search for it. sentence: whether that is one and nothing else."""
@@ -123,9 +140,9 @@ class PaintQuestion(Strict):
     """
 
     prompt: str = Field(min_length=1, max_length=LONGEST)
-    seed: int = Field(default=0, ge=0, lt=1 << 31)
-    steps: int | None = Field(default=None, ge=0, le=1000)
-    n: int = Field(default=1, ge=1, le=16)
+    seed: Whole = Field(default=0, ge=0, lt=1 << 31)
+    steps: Whole | None = Field(default=None, ge=0, le=1000)
+    n: Whole = Field(default=1, ge=1, le=16)
 
 
 class Problem(BaseModel):
