@@ -61,6 +61,14 @@ def test_what_is_done_before_a_worker_is_lost_is_counted_once(job, tmp_path):
     assert str(job.run([Root(folder)])) == "0 added, 0 moved, 0 changed, 4 unchanged, 0 removed, 1 failed"
 
 
+def test_what_ray_says_is_no_answer(capsys, monkeypatch):
+    """It prints of workers that died, and a pipe waits for the answer on stdout alone."""
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    with distributed.connected(None):
+        print("A worker died")
+    assert capsys.readouterr() == ("", "A worker died\n")
+
+
 def test_pictures_that_a_table_names_may_go_wherever_they_were(job, tmp_path):
     table = tmp_path / "tables" / "table.parquet"
     paths = [paint(tmp_path / "photos" / f"{colour}.png", colour) for colour in ("red", "lime", "blue")]

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,11 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[None]
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClipmatchError(f"There is no Ray cluster at {address} ({reason_of(error)}).") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # where Ray tells of workers that died, perhaps of another job
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 class Job:
