@@ -68,10 +68,10 @@ def main():
             rng, captions = np.random.default_rng(1), [text for row in splits.train for text in row.captions]
             result["fill_s"] = timed(lambda: fill(index, rows, rng, lambda number: metadata(number, captions)))
             result["tidy_s"] = timed(store.tidy)
-            store._table("photos").optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+            store.tables.table("photos").optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
             photos = place / "photos.lance"
             parts = {path.name: size_of(path) for path in (photos / "_indices").iterdir()}
-            names = {one.index_uuid: one.columns[0] for one in store._table("photos").list_indices()}
+            names = {one.index_uuid: one.columns[0] for one in store.tables.table("photos").list_indices()}
             data = size_of(photos / "data") / given.rows
             result["caption_characters"] = statistics.mean(
                 len(captions[at % len(captions)]) for at in range(given.rows)

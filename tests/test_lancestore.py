@@ -125,7 +125,7 @@ def test_a_change_to_another_model_that_was_killed_at_its_end_is_completed(store
         assert (again.model.fingerprint, len(again)) == ("other", 10)
         again.tidy()
         assert len(again.named("dog", 20)) == 10
-        assert "staged" not in again._db.list_tables().tables
+        assert "staged" not in again.tables.names()
 
 
 def interrupted(store):
@@ -300,7 +300,7 @@ def test_old_versions_do_not_pile_up(store, monkeypatch):
     store.delete([Path("/photos/0.jpg")])
     store.upsert([], "numbered", {}, {Path("/photos/broken.jpg"): (Stamp(1, 2), "why not")})
     store.tidy()
-    assert [len(store._table(name).list_versions()) for name in ("photos", "failures")] == [1, 1]
+    assert [len(store.tables.table(name).list_versions()) for name in ("photos", "failures")] == [1, 1]
     assert len(store) == 499
 
 
@@ -348,7 +348,7 @@ def test_candidates_give_what_comparing_all_rows_gives(large, monkeypatch, least
 
 def test_other_questions_to_very_many(large):
     store = large.store
-    assert any(index.columns == ["vector"] for index in store._table("photos").list_indices())
+    assert any(index.columns == ["vector"] for index in store.tables.table("photos").list_indices())
     with pytest.raises(ClipmatchError, match=r"400 photographs, more than the 100 that .* --folder"):
         large.duplicates()
     groups = large.duplicates(Filter(min_size=350))

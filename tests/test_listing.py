@@ -11,10 +11,11 @@ from captionfiles import pack, picture
 from colours import ColourEmbedder, paint
 
 from clipmatch import remote
+from clipmatch.comparison import is_unchanged
 from clipmatch.crawl import Found
 from clipmatch.errors import Failure
 from clipmatch.index import Index, name_of
-from clipmatch.ingest import ingest, is_unchanged
+from clipmatch.ingest import ingest
 from clipmatch.listing import AWAY, GONE, files_at, pictures_in, taken_once, with_sidecars
 from clipmatch.metadata import words_beside
 from clipmatch.photo import Stamp

@@ -32,11 +32,12 @@ import ray.exceptions
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from clipmatch.comparison import Comparison, Summary, is_below, sort_out
 from clipmatch.crawl import Found, walk
 from clipmatch.embedder import Embedder, load_model
 from clipmatch.errors import ClipmatchError, Failure, reason_of
 from clipmatch.index import check_folders, name_of
-from clipmatch.ingest import Comparison, Summary, is_below, sort_out, take_in
+from clipmatch.ingest import take_in
 from clipmatch.lancerows import below, number_of, path_of, text_of
 from clipmatch.lancestore import LanceStore
 from clipmatch.leave import give

@@ -36,7 +36,7 @@ from clipmatch.teaching import OTHERS, Concept, learn, leave_one_out
 from clipmatch.vectors import DamagedVectors, Gallery, vectors_file
 
 if TYPE_CHECKING:
-    from clipmatch.ingest import Summary
+    from clipmatch.comparison import Summary
 
 Answer = TypeVar("Answer")
 

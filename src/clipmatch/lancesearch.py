@@ -87,5 +87,5 @@ class LanceCollection:
         if not where:
             return self.drawn
         condition = f"({among('id', self.drawn.numbers.tolist())}) AND {condition_of(where)}"
-        numbers = np.sort(self.store._read("photos", ["id"], condition)["id"].to_numpy().astype(np.int64))
+        numbers = np.sort(self.store.tables.read("photos", ["id"], condition)["id"].to_numpy().astype(np.int64))
         return self.drawn.part(self.drawn.places(numbers))

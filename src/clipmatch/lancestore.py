@@ -20,13 +20,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import FTS, BTree, IvfRq
@@ -34,7 +32,7 @@ from lancedb.query import ColumnOrdering, MatchQuery
 from numpy.typing import NDArray
 
 from clipmatch import approximate
-from clipmatch.errors import ClipmatchError, Failure, newer, reason_of
+from clipmatch.errors import ClipmatchError, Failure, newer
 from clipmatch.lancerows import (
     CONCEPTS,
     FAILURES,
@@ -49,8 +47,6 @@ from clipmatch.lancerows import (
     VERSION,
     among,
     below,
-    check_form,
-    check_values,
     condition_of,
     number_of,
     path_of,
@@ -59,9 +55,9 @@ from clipmatch.lancerows import (
     photos_table,
     rows_in,
     staged_schema,
-    strange,
     text_of,
 )
+from clipmatch.lancetables import PART, LanceTables, in_parts, reading_errors
 from clipmatch.photo import Photo, Stamp
 from clipmatch.runtime import cache_folder
 from clipmatch.sanity import check_concept, check_failure, check_path, making_sense, require
@@ -74,7 +70,6 @@ if TYPE_CHECKING:
     from clipmatch.collection import Collection
 
 TRIES = 3  # numbers that a photograph may have, if others have the first
-PART = 10_000  # values in one condition
 KEPT = timedelta(minutes=10)  # for which a version stays that someone may be reading
 
 
@@ -83,37 +78,32 @@ class LanceStore:
 
     unchanging = False  # each question sees the latest version
 
-    def __init__(self, path: Path | str, database: Any):
-        self.path = path
-        self._db = database
-        self._tables: dict[str, Any] = {}
-        self._within = 0  # snapshots
+    def __init__(self, tables: LanceTables):
+        self.path, self.tables = tables.path, tables
 
     @classmethod
     def open(cls, path: Path | str, create: bool = False) -> LanceStore:
         """The store in a folder or at an address. Raises ClipmatchError as `open_store` says."""
         if not create and isinstance(path, Path) and not path.is_dir():
             raise no_index(path)
-        with reading_errors(path):
-            store = cls(path, lancedb.connect(str(path), storage_options=storage_options(str(path))))
-            names = store._db.list_tables().tables
-            if "roots" not in names:
-                if names:
-                    raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
-                if not create:
-                    raise no_index(path)
-                for name in reversed(SMALL):  # by "roots", the last, an index is known
-                    store._db.create_table(name, schema=SMALL[name], exist_ok=True)
-            roots = store._db.open_table("roots")
-            about = roots.schema.metadata or {}
+        tables = LanceTables(path)
+        names = tables.names()
+        if "roots" not in names:
+            if names:
+                raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
+            if not create:
+                raise no_index(path)
+            for name in reversed(SMALL):  # by "roots", the last, an index is known
+                tables.create(name, SMALL[name])
+        about = tables.about("roots")
         if FORMAT.encode() not in about:
             raise ClipmatchError(f"{path} is a database of something else, no index; name another place.")
         with making_sense(path):
             version = int(about[FORMAT.encode()])
         if version > int(VERSION):
             raise newer(f"The index {path}", about.get(NEEDS.encode(), b"").decode(errors="replace"))
-        store._keep("roots", roots)
-        return store
+        tables.table("roots")  # or it is refused
+        return cls(tables)
 
     def __enter__(self) -> LanceStore:
         return self
@@ -123,7 +113,7 @@ class LanceStore:
 
     def close(self) -> None:
         """Let go of the tables."""
-        self._tables.clear()
+        self.tables.close()
 
     # Who writes, and what is read
 
@@ -136,88 +126,15 @@ class LanceStore:
         with one_writer(self.path, wait):
             yield
 
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> AbstractContextManager[None]:
         """All that is read within is of one version, whatever is written meanwhile."""
-        if not self._within:
-            for name in list(self._tables):
-                self._table(name)
-        self._within += 1
-        try:
-            yield
-        finally:
-            self._within -= 1
-
-    def _table(self, name: str) -> Any:
-        """A table, at its latest version unless it is within a snapshot; None if there is none."""
-        with reading_errors(self.path):
-            table = self._tables.get(name)
-            if table is not None:
-                if not self._within:
-                    table.checkout_latest()
-                return table
-            try:
-                return self._keep(name, self._db.open_table(name))
-            except (ValueError, FileNotFoundError) as error:
-                if "not found" not in str(error):
-                    raise
-                return None
-
-    def _keep(self, name: str, table: Any) -> Any:
-        """A table that was opened just now. Raises ClipmatchError unless it is of the form that it has in an index."""
-        schema = table.schema
-        if more := strange(schema):
-            raise ClipmatchError(f"The index {self.path} holds {more[0]!r}, which no index has; don't use it.")
-        with making_sense(self.path):
-            check_form(name, schema)
-        self._tables[name] = table
-        return table
-
-    def _read(self, name: str, columns: Sequence[str], condition: str = "") -> pa.Table:
-        """The rows of a table that fulfil a condition; None where there is no table."""
-        table = self._table(name)
-        if table is None:
-            return pa.table({column: [] for column in columns})
-        with reading_errors(self.path):
-            question = table.search().select(list(columns)).limit(None)
-            rows = (question.where(condition) if condition else question).to_arrow()
-        with making_sense(self.path):
-            check_values(rows)
-        return rows
-
-    def _rows(self, name: str, columns: Sequence[str], condition: str = "") -> list[dict[str, Any]]:
-        with making_sense(self.path):  # days that no calendar has
-            found: list[dict[str, Any]] = self._read(name, columns, condition).to_pylist()
-        return found
-
-    def _found(self, column: str, values: Iterable[int | str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The photographs where a column has one of some values."""
-        for part in in_parts(values):
-            yield from self._rows("photos", columns, among(column, part))
-
-    def _merge(self, name: str, key: str, rows: pa.Table) -> None:
-        """Put rows in the place of those with the same keys, or beside them."""
-        if len(rows):
-            table = self._table(name)
-            with reading_errors(self.path):
-                table.merge_insert(key).when_matched_update_all().when_not_matched_insert_all().execute(rows)
-
-    def _drop(self, name: str, condition: str) -> int:
-        """Remove the rows that fulfil a condition -> their number; no version is made if there are none."""
-        table = self._table(name)
-        if table is None:
-            return 0
-        with reading_errors(self.path):
-            count = int(table.count_rows(condition))
-            if count:
-                table.delete(condition)
-            return count
+        return self.tables.snapshot()
 
     # What it is about
 
     @property
     def _about(self) -> dict[bytes, bytes]:
-        photos = self._table("photos")
+        photos = self.tables.table("photos")
         return {} if photos is None else photos.schema.metadata or {}
 
     @property
@@ -232,7 +149,7 @@ class LanceStore:
         """A token that every write changes; "" for an empty store."""
         about = self._about
         with making_sense(self.path):
-            return f"{about[TOKEN.encode()].decode()}-{self._tables['photos'].version}" if about else ""
+            return f"{about[TOKEN.encode()].decode()}-{self.tables.table('photos').version}" if about else ""
 
     def bind(self, model: ModelName) -> None:
         """Take the rows of `model` from now on: those that were stored for it, by content, are put in their places."""
@@ -241,21 +158,18 @@ class LanceStore:
             return
         with reading_errors(self.path):
             if bound is None:
-                self._db.create_table("photos", schema=photos_schema(model), exist_ok=True)
+                self.tables.create("photos", photos_schema(model))
             elif bound.fingerprint == model.fingerprint:
-                self._table("photos").to_lance().update_schema_metadata({MODEL: json.dumps(vars(model))})
-                del self._tables["photos"]
+                self.tables.table("photos").to_lance().update_schema_metadata({MODEL: json.dumps(vars(model))})
+                self.tables.reopen("photos")
                 return
             else:
                 with making_sense(self.path):
                     self._check_staged(model)
                 schema = photos_schema(model)
                 changed = pa.RecordBatchReader.from_batches(schema, self._changed(model.fingerprint, schema))
-                self._db.create_table("photos", data=changed, schema=schema, mode="overwrite")
-                if self._table(STAGED) is not None:
-                    self._db.drop_table(STAGED)
-            self._tables.pop(STAGED, None)
-            self._tables.pop("photos", None)
+                self.tables.create("photos", schema, changed, replace=True)
+                self.tables.remove(STAGED)
             self._make_indexes()
 
     def _check_staged(self, model: ModelName) -> None:
@@ -266,7 +180,7 @@ class LanceStore:
 
     def _changed(self, model: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All photographs with their rows by the model to come; those without one are left out."""
-        for batch in self._table("photos").search().limit(None).to_batches(PART):
+        for batch in self.tables.table("photos").search().limit(None).to_batches(PART):
             rows = self._staged(model, set(batch["digest"].to_pylist()))
             kept = batch.filter(pa.array([digest in rows for digest in batch["digest"].to_pylist()], pa.bool_()))
             vectors = [rows[digest] for digest in kept["digest"].to_pylist()]
@@ -276,7 +190,7 @@ class LanceStore:
 
     def _make_indexes(self) -> None:
         """What finds photographs by number, content, folder and words, unless it is there."""
-        photos = self._table("photos")
+        photos = self.tables.table("photos")
         there = {column for index in photos.list_indices() for column in index.columns}
         for column in ("id", "digest", "path"):
             if column not in there:
@@ -288,7 +202,7 @@ class LanceStore:
 
     def roots(self) -> list[Root]:
         """The folders that it keeps up with."""
-        rows = self._rows("roots", ROOTS.names)
+        rows = self.tables.rows("roots", ROOTS.names)
         with making_sense(self.path):
             found = [Root(path_of(row["path"]), tuple(row["exclude"]), row["follow_links"]) for row in rows]
         return sorted(found, key=lambda root: os.fsencode(root.path))
@@ -297,14 +211,14 @@ class LanceStore:
         """Remember a folder, or how it is walked from now on."""
         if root not in self.roots():
             row = {"path": text_of(root.path), "exclude": list(root.exclude), "follow_links": root.follow_links}
-            self._merge("roots", "path", pa.Table.from_pylist([row], schema=ROOTS))
+            self.tables.merge("roots", "path", pa.Table.from_pylist([row], schema=ROOTS))
 
     def remove_below(self, folder: Path) -> tuple[int, int]:
         """Forget a folder, and what lies below it -> how many photographs and folders that it kept up with."""
         condition = below(folder)
-        photographs = self._drop("photos", condition)
-        self._drop("failures", condition)
-        return photographs, self._drop("roots", condition)
+        photographs = self.tables.drop("photos", condition)
+        self.tables.drop("failures", condition)
+        return photographs, self.tables.drop("roots", condition)
 
     # Photographs
 
@@ -313,7 +227,7 @@ class LanceStore:
 
     def count(self, where: Filter) -> int:
         """How many photographs pass."""
-        photos = self._table("photos")
+        photos = self.tables.table("photos")
         if photos is None:
             return 0
         with reading_errors(self.path):
@@ -322,7 +236,7 @@ class LanceStore:
     def stamps(self, root: Path) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
         """Below a folder: the stamps of its photographs, and stamps and reasons of files that could not be used."""
         columns, condition = ("path", "size", "mtime", "sidecar"), below(root)
-        known = {path_of(row["path"]): stamp_of(row) for row in self._rows("photos", columns, condition)}
+        known = {path_of(row["path"]): stamp_of(row) for row in self.tables.rows("photos", columns, condition)}
         return known, self.broken(condition)
 
     def stamps_of(self, paths: Iterable[Path]) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
@@ -330,7 +244,7 @@ class LanceStore:
         listed = list(paths)
         wanted, columns = set(listed), ("path", "size", "mtime", "sidecar")
         tried = [number_of(path) + more for path in listed for more in range(TRIES)]
-        rows = [(path_of(row["path"]), stamp_of(row)) for row in self._found("id", tried, columns)]
+        rows = [(path_of(row["path"]), stamp_of(row)) for row in self.tables.found("id", tried, columns)]
         broken: dict[Path, tuple[Stamp, str]] = {}
         for part in in_parts(map(text_of, listed)):
             broken |= self.broken(among("path", part))
@@ -339,7 +253,7 @@ class LanceStore:
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
         with making_sense(self.path):
-            return {row["digest"]: photo_of(row) for row in self._found("digest", digests, PHOTO)}
+            return {row["digest"]: photo_of(row) for row in self.tables.found("digest", digests, PHOTO)}
 
     def not_embedded(self, model: str) -> list[Photo]:
         """A photograph of each content that has no row by the model with that fingerprint."""
@@ -354,7 +268,7 @@ class LanceStore:
         """Those contents that have a row by the model with that fingerprint."""
         bound = self.model
         if bound is not None and bound.fingerprint == model:
-            return {row["digest"] for row in self._found("digest", digests, ["digest"])}
+            return {row["digest"] for row in self.tables.found("digest", digests, ["digest"])}
         return set(self._staged(model, digests))
 
     def vector(self, digest: str) -> NDArray[np.float32] | None:
@@ -365,7 +279,7 @@ class LanceStore:
         """By the values of a column, those that are there: the unit rows [d] beside them."""
         found: dict[Any, NDArray[np.float32]] = {}
         for part in in_parts(values):
-            rows = self._read(name, (key, "vector"), among(key, part))
+            rows = self.tables.read(name, (key, "vector"), among(key, part))
             if len(rows):
                 with making_sense(self.path):
                     found.update(zip(rows[key].to_pylist(), rows_in(rows["vector"]), strict=True))
@@ -377,7 +291,7 @@ class LanceStore:
 
     def _staged_for(self, model: str) -> Any:
         """The table of rows by a model that the index is changing over to; None if there is none, or of another one."""
-        table = self._table(STAGED)
+        table = self.tables.table(STAGED)
         return None if table is None or table.schema.metadata[MODEL.encode()] != model.encode() else table
 
     def upsert(
@@ -394,27 +308,25 @@ class LanceStore:
         elif photos:
             numbers = self._numbers_for([photo.path for photo in photos])
             vectors = {**rows, **self._vectors("digest", {photo.digest for photo in photos} - rows.keys())}
-            schema = self._table("photos").schema
-            self._merge("photos", "id", photos_table(photos, numbers, vectors, schema))
+            schema = self.tables.table("photos").schema
+            self.tables.merge("photos", "id", photos_table(photos, numbers, vectors, schema))
         self._forget_failures(photo.path for photo in photos)
         if failures:
             self._forget_photos(failures)
             listed = [
                 {"path": text_of(path), **vars(stamp), "reason": reason} for path, (stamp, reason) in failures.items()
             ]
-            self._merge("failures", "path", pa.Table.from_pylist(listed, schema=FAILURES))
+            self.tables.merge("failures", "path", pa.Table.from_pylist(listed, schema=FAILURES))
 
     def _stage(self, model: str, rows: Mapping[str, NDArray[np.float32]]) -> None:
         if not rows:
             return
         schema = staged_schema(model, len(next(iter(rows.values()))))
         if self._staged_for(model) is None:
-            with reading_errors(self.path):
-                if STAGED in self._tables:  # an earlier change, to yet another model, was given up
-                    self._db.drop_table(STAGED)
-                self._tables[STAGED] = self._db.create_table(STAGED, schema=schema)
+            self.tables.remove(STAGED)  # an earlier change, to yet another model, was given up
+            self.tables.create(STAGED, schema)
         vectors = pa.array([row.astype(np.float32) for row in rows.values()], schema.field("vector").type)
-        self._merge(STAGED, "digest", pa.table([list(rows), vectors], schema=schema))
+        self.tables.merge(STAGED, "digest", pa.table([list(rows), vectors], schema=schema))
 
     def delete(self, paths: Iterable[Path]) -> None:
         """Forget files."""
@@ -424,15 +336,15 @@ class LanceStore:
 
     def _forget_photos(self, paths: Iterable[Path]) -> None:
         for part in in_parts(self.numbers_of(paths).values()):
-            self._drop("photos", among("id", part))
+            self.tables.drop("photos", among("id", part))
 
     def _forget_failures(self, paths: Iterable[Path]) -> None:
         for part in in_parts(map(text_of, paths)):
-            self._drop("failures", among("path", part))
+            self.tables.drop("failures", among("path", part))
 
     def photos(self) -> Iterator[tuple[int, Photo]]:
         """Each photograph, with its number, in no order."""
-        table = self._table("photos")
+        table = self.tables.table("photos")
         if table is None:
             return
         with reading_errors(self.path):
@@ -449,7 +361,7 @@ class LanceStore:
         """The photographs with these numbers, in their order. Raises KeyError if one is gone."""
         listed = [int(number) for number in numbers]
         with making_sense(self.path):
-            found = {row["id"]: photo_of(row) for row in self._found("id", set(listed), ("id", *PHOTO))}
+            found = {row["id"]: photo_of(row) for row in self.tables.found("id", set(listed), ("id", *PHOTO))}
         return [found[number] for number in listed]
 
     # Numbers
@@ -468,7 +380,7 @@ class LanceStore:
     def _taken(self, paths: Iterable[Path]) -> dict[int, Path]:
         """Of the numbers that files could have, those that some have, by whom."""
         tried = [number_of(path) + more for path in paths for more in range(TRIES)]
-        return {row["id"]: path_of(row["path"]) for row in self._found("id", tried, ("id", "path"))}
+        return {row["id"]: path_of(row["path"]) for row in self.tables.found("id", tried, ("id", "path"))}
 
     def _numbers_for(self, paths: Sequence[Path]) -> list[int]:
         """Of each file the number that it has; of a new one the first that is free from the hash of its path on."""
@@ -482,7 +394,7 @@ class LanceStore:
 
     def newest(self, where: Filter, most: int, skip: int = 0) -> list[int]:
         """The numbers of photographs that pass, the newest first: by when they were taken, else by their files' age."""
-        photos = self._table("photos")
+        photos = self.tables.table("photos")
         if photos is None:
             return []
         order = [ColumnOrdering(column_name=name, ascending=False) for name in ("moment", "id")]
@@ -495,14 +407,15 @@ class LanceStore:
 
     def numbers(self, where: Filter) -> NDArray[np.int64]:
         """The numbers of the photographs that pass, rising."""
-        found = self._read("photos", ["id"], condition_of(where))["id"]
+        found = self.tables.read("photos", ["id"], condition_of(where))["id"]
         return np.sort(found.to_numpy().astype(np.int64))
 
     # Numbers of photographs -> what is known of them
 
     def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The picture hashes [n] of photographs, by their numbers."""
-        known = {row["id"]: row["picture_hash"] for row in self._found("id", numbers.tolist(), ("id", "picture_hash"))}
+        rows = self.tables.found("id", numbers.tolist(), ("id", "picture_hash"))
+        known = {row["id"]: row["picture_hash"] for row in rows}
         return np.array([known.get(number, 0) for number in numbers.tolist()], np.uint64)
 
     def vectors(self) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
@@ -515,7 +428,7 @@ class LanceStore:
 
     def rows_where(self, condition: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Numbers [n] (rising) and unit rows [n, d] of the photographs that fulfil a condition."""
-        return self._numbered(self._read("photos", ("id", "vector"), condition))
+        return self._numbered(self.tables.read("photos", ("id", "vector"), condition))
 
     def _numbered(self, found: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         with making_sense(self.path):
@@ -524,7 +437,7 @@ class LanceStore:
     def rows_at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The same of those at some places in the table."""
         with reading_errors(self.path):
-            question = self._table("photos").take_offsets(places.tolist()).select(["id", "vector"])
+            question = self.tables.table("photos").take_offsets(places.tolist()).select(["id", "vector"])
             return self._numbered(question.to_arrow())
 
     def nearest(
@@ -536,7 +449,7 @@ class LanceStore:
         compared. refine: times as many are compared exactly.
         """
         with reading_errors(self.path):
-            question = self._table("photos").search(row).distance_type("dot").limit(most)
+            question = self.tables.table("photos").search(row).distance_type("dot").limit(most)
             if probes is None:
                 question = question.bypass_vector_index()
             elif probes:
@@ -549,7 +462,7 @@ class LanceStore:
 
     def named(self, text: str, most: int) -> list[int]:
         """The numbers of photographs whose name or caption has words of `text`, best first (BM25)."""
-        words, photos = re.findall(r"\w+", text), self._table("photos")
+        words, photos = re.findall(r"\w+", text), self.tables.table("photos")
         if not words or photos is None:
             return []
         with reading_errors(self.path):
@@ -564,32 +477,25 @@ class LanceStore:
 
     def tally(self) -> dict[str, Any]:
         """How many photographs, bytes and captions there are, and how many of each year, camera and file format."""
-        if self._table("photos") is None:
+        if self.tables.table("photos") is None:
             return {"photos": 0, "bytes": 0, "captions": 0, "years": [], "cameras": [], "formats": []}
-        photos, size, captions = self._sql("SELECT count(*), sum(size), count(caption) FROM dataset")[0]
+        photos, size, captions = self.tables.sql("photos", "SELECT count(*), sum(size), count(caption) FROM dataset")[0]
         count = "SELECT {0}, count(*) FROM dataset WHERE {0} IS NOT NULL GROUP BY 1 ORDER BY {1}"
         return {
             "photos": photos,
             "bytes": int(size or 0),
             "captions": captions,
-            "years": self._sql(count.format("substr(CAST(taken AS string), 1, 4)", "1")),
-            "cameras": self._sql(count.format("camera", "2 DESC, 1")),
-            "formats": self._sql(count.format("form", "2 DESC, 1")),
+            "years": self.tables.sql("photos", count.format("substr(CAST(taken AS string), 1, 4)", "1")),
+            "cameras": self.tables.sql("photos", count.format("camera", "2 DESC, 1")),
+            "formats": self.tables.sql("photos", count.format("form", "2 DESC, 1")),
         }
-
-    def _sql(self, question: str) -> list[tuple[Any, ...]]:
-        with reading_errors(self.path):
-            batches = self._table("photos").to_lance().sql(question).build().to_batch_records()
-            return [
-                tuple(row) for batch in batches for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)
-            ]
 
     # Concepts
 
     def concepts(self) -> dict[str, tuple[str, Concept]]:
         """By name, in the order of names: the fingerprint of the model that each was taught to, and the concept."""
         found, bound = {}, self.model
-        for row in sorted(self._rows("concepts", CONCEPTS.names), key=lambda row: str(row["key"])):
+        for row in sorted(self.tables.rows("concepts", CONCEPTS.names), key=lambda row: str(row["key"])):
             with making_sense(self.path):
                 examples, others = (tuple(map(path_of, row[name])) for name in ("examples", "others"))
                 concept = Concept(row["name"], np.array(row["row"], np.float32), examples, others, row["precision"])
@@ -608,11 +514,11 @@ class LanceStore:
             "others": [text_of(path) for path in concept.others],
             "precision": concept.precision,
         }
-        self._merge("concepts", "key", pa.Table.from_pylist([row], schema=CONCEPTS))
+        self.tables.merge("concepts", "key", pa.Table.from_pylist([row], schema=CONCEPTS))
 
     def rename_concept(self, old: str, new: str) -> bool:
         """Give a concept another name -> whether there is one. Raises ClipmatchError if the new name is taken."""
-        known = {row["key"]: row for row in self._rows("concepts", CONCEPTS.names)}
+        known = {row["key"]: row for row in self.tables.rows("concepts", CONCEPTS.names)}
         taken = known.get(new.casefold())
         if taken and old.casefold() != new.casefold():
             raise ClipmatchError(
@@ -621,20 +527,20 @@ class LanceStore:
         if old.casefold() not in known:
             return False
         row = {**known[old.casefold()], "key": new.casefold(), "name": new}
-        self._merge("concepts", "key", pa.Table.from_pylist([row], schema=CONCEPTS))
+        self.tables.merge("concepts", "key", pa.Table.from_pylist([row], schema=CONCEPTS))
         if old.casefold() != new.casefold():
             self.forget_concept(old)
         return True
 
     def forget_concept(self, name: str) -> bool:
         """Remove a concept -> whether there was one."""
-        return self._drop("concepts", among("key", [name.casefold()])) > 0
+        return self.tables.drop("concepts", among("key", [name.casefold()])) > 0
 
     # Files that could not be used
 
     def broken(self, condition: str = "") -> dict[Path, tuple[Stamp, str]]:
         """By path: their stamps, and the reasons."""
-        rows = sorted(self._rows("failures", FAILURES.names, condition), key=lambda row: str(row["path"]))
+        rows = sorted(self.tables.rows("failures", FAILURES.names, condition), key=lambda row: str(row["path"]))
         with making_sense(self.path):
             return {check_path(path_of(row["path"])): check_failure(stamp_of(row), row["reason"]) for row in rows}
 
@@ -654,7 +560,7 @@ class LanceStore:
 
     def paths_where(self, name: str, condition: str) -> Iterator[Path]:
         """The paths in a table that fulfil a condition."""
-        table = self._table(name)
+        table = self.tables.table(name)
         if table is not None:
             with reading_errors(self.path):
                 for batch in table.search().select(["path"]).where(condition).limit(None).to_batches(PART):
@@ -667,20 +573,19 @@ class LanceStore:
 
         Also what `bind` has left to do where it was killed.
         """
-        photos, bound = self._table("photos"), self.model
+        photos, bound = self.tables.table("photos"), self.model
         if photos is None or bound is None:
             return
         with reading_errors(self.path):
             if self._staged_for(bound.fingerprint) is not None:
-                self._db.drop_table(STAGED)
-                del self._tables[STAGED]
+                self.tables.remove(STAGED)
             self._make_indexes()
             indexes = photos.list_indices()
             if len(self) >= approximate.LEAST and not any(index.columns == ["vector"] for index in indexes):
                 photos.create_index("vector", config=IvfRq(distance_type="dot"))
             unindexed = any(index.num_unindexed_rows for index in indexes)
             for name in ("photos", *SMALL):
-                table = self._table(name)
+                table = self.tables.table(name)
                 if unindexed or len(table.list_versions()) > 1:  # deletions leave some, too
                     table.optimize(cleanup_older_than=KEPT)
 
@@ -705,32 +610,6 @@ def stamp_of(row: Mapping[str, Any]) -> Stamp:
     return Stamp(row["size"], row["mtime"], row["sidecar"])
 
 
-def in_parts(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """Values, as many at a time as a condition takes."""
-    left = iter(values)
-    while part := list(islice(left, PART)):
-        yield part
-
-
-def storage_options(address: str) -> dict[str, str]:
-    """What object storage needs beyond the usual environment variables, which are read anyway: an endpoint of http://
-    is meant.
-    """
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    if not address.startswith("s3://") or not endpoint:
-        return {}
-    return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-
-
 def no_index(path: Path | str) -> ClipmatchError:
     """The error for a place without an index."""
     return ClipmatchError(f"There is no index {path}; make it with: clipmatch index DIR --store {path}")
-
-
-@contextmanager
-def reading_errors(path: Path | str) -> Iterator[None]:
-    """Lance's errors, in one sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, pa.ArrowException) as error:
-        raise ClipmatchError(f"The index {path} can't be used now ({reason_of(error)}).") from error

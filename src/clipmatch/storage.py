@@ -131,7 +131,8 @@ def open_store(place: str | Path, create: bool = False) -> PhotoStore:
     try:
         from clipmatch.lancestore import LanceStore
     except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("clipmatch"):
+        package = (error.name or "").partition(".")[0]
+        if package == "clipmatch":
             raise
-        raise ClipmatchError(f"The index {place} is of Lance tables, which need {error.name}: {INSTALL}") from error
+        raise ClipmatchError(f"The index {place} is of Lance tables, which need {package}: {INSTALL}") from error
     return LanceStore.open(place_of(place), create)
