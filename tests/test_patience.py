@@ -15,7 +15,7 @@ from clipmatch import patience
 from clipmatch.archive import digest_of
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
-from clipmatch.patience import Turn, count_anew, patiently
+from clipmatch.patience import Turn, count_anew, one_by_one, patiently
 from clipmatch.preprocess import ImageError, load_image
 
 REASON = "it takes more than 0.2 seconds"
@@ -57,6 +57,23 @@ def test_what_gets_on_has_its_time_anew(over):
         return "done"
 
     assert patiently(slow_but_sure) == "done"
+
+
+def test_of_several_things_each_has_its_time(over):
+    def work(item):
+        if item in (1, 2, 5):
+            over.wait()
+        time.sleep(0.06)
+        return 10 * item
+
+    assert one_by_one(work, range(6), str) == [0, "1", "2", 30, 40, "5"]
+    with pytest.raises(ZeroDivisionError):
+        one_by_one(lambda item: 1 // item, [2, 1, 0], str)
+
+
+def test_what_is_done_aside_already_is_passed_on_once():
+    first, second = patiently(lambda: (threading.current_thread(), patiently(threading.current_thread)))
+    assert first is second
 
 
 def test_where_many_hang_it_is_their_disk(over, monkeypatch):

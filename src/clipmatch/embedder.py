@@ -467,18 +467,23 @@ def read_batches(
 
 def read_batch(paths: list[Path], transform: Transform, read: ReadImage | None) -> PixelBatch:
     """Decode some files; a bad one ends up in `failures`."""
+    from clipmatch.patience import one_by_one, too_long
     from clipmatch.preprocess import ImageError, load_image
 
-    read = read or load_image
-    pixels, good, failures = [], [], []
-    for path in paths:
+    open_image = read or load_image
+
+    def decode(path: Path) -> NDArray[np.uint8] | Failure:
         try:
-            pixels.append(transform.pixels(read(path, transform.config.size)))
-            good.append(path)
+            return transform.pixels(open_image(path, transform.config.size))
         except ImageError as error:
-            failures.append(Failure(path, error.reason))
+            return Failure(path, error.reason)
         except MemoryError:  # as it was made small
-            failures.append(Failure(path, "not enough memory"))
+            return Failure(path, "not enough memory")
+
+    made = one_by_one(decode, paths, lambda path: Failure(path, too_long()))
+    failures = [found for found in made if isinstance(found, Failure)]
+    pixels = [found for found in made if not isinstance(found, Failure)]
+    good = [path for path, found in zip(paths, made, strict=True) if not isinstance(found, Failure)]
     return PixelBatch(np.stack(pixels) if pixels else np.empty(0, np.uint8), good, failures)
 
 

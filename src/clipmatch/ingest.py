@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from clipmatch.embedder import Embedder, ImageEmbeddings
 from clipmatch.errors import ClipmatchError, Failure
 from clipmatch.imageformats import LACKING
 from clipmatch.metadata import Words, words_beside
-from clipmatch.patience import patiently, too_long
+from clipmatch.patience import one_by_one, patiently, too_long
 from clipmatch.photo import Metadata, Photo, Stamp
 from clipmatch.pipeline import in_order
 from clipmatch.preprocess import ImageError, open_photo, plain_reason, read_header
@@ -41,6 +42,7 @@ from clipmatch.storage import PhotoStore
 from clipmatch.store import ModelName, Root, check_model
 
 BATCH = 64  # files between two commits
+LOT = 8  # files that a core hashes at once
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
 SHOWN = 64  # files from which on there is a progress bar
 CHANGED = "it changed while it was read; the next update takes it in"
@@ -227,18 +229,18 @@ def changes(batch: Batch) -> dict[Path, str]:
 
     Their vectors may be of another content than their hashes: a file may be written, or go, at any moment.
     """
-    found = {}
-    for path in batch.digests:
-        if is_remote(path) or locate(path) is not None:
-            continue
+
+    def look(path: Path) -> str | None:
         try:
-            status = patiently(path.stat)
+            status = path.stat()
         except OSError as error:
-            found[path] = plain_reason(error)
-            continue
-        if (status.st_size, status.st_mtime_ns) != (batch.stamps[path].size, batch.stamps[path].mtime):
-            found[path] = CHANGED
-    return found
+            return plain_reason(error)
+        same = (status.st_size, status.st_mtime_ns) == (batch.stamps[path].size, batch.stamps[path].mtime)
+        return None if same else CHANGED
+
+    paths = [path for path in batch.digests if not is_remote(path) and locate(path) is None]
+    seen = zip(paths, one_by_one(look, paths, lambda _: too_long()), strict=True)
+    return {path: reason for path, reason in seen if reason}
 
 
 class Looks:
@@ -309,7 +311,12 @@ def hash_files(paths: Sequence[Path]) -> tuple[dict[Path, str], list[Failure]]:
         except OSError as error:
             return Failure(path, plain_reason(error))
 
+    def late(path: Path) -> Failure:
+        return Failure(path, too_long())
+
+    each = max(1, min(LOT, -(-len(paths) // usable_cores())))
     with ThreadPoolExecutor(usable_cores()) as pool:
-        results = list(zip(paths, pool.map(digest, paths), strict=True))
+        lots = pool.map(lambda lot: one_by_one(digest, lot, late), groups(paths, each))
+        results = list(zip(paths, chain.from_iterable(lots), strict=True))
     failures = [result for _, result in results if isinstance(result, Failure)]
     return {path: result for path, result in results if not isinstance(result, Failure)}, failures

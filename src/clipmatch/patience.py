@@ -12,8 +12,9 @@ import errno
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread, current_thread
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ LIMIT = 60.0  # seconds for a file to be decoded, or for the next part of it to 
 MOST = 16  # files that hang at once: beyond that it is their disk
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Aside(Thread):
@@ -56,8 +58,12 @@ hanging: list[Aside] = []
 def patiently(work: Callable[[], T]) -> T:
     """What a function returns or raises; its work is done in another thread.
 
-    Raises TimeoutError if it takes more than `LIMIT` seconds, and ClipmatchError if `MOST` files do at once.
+    Raises TimeoutError if it takes more than `LIMIT` seconds, and ClipmatchError if `MOST` files do at once. Called by
+    what is done so already, it only counts anew: whoever waits for that does so for this.
     """
+    if isinstance(current_thread(), Aside):
+        count_anew()
+        return work()
     aside, answers = next_aside(), SimpleQueue[Any]()
     aside.since = time.monotonic()
     aside.tasks.put((work, answers))
@@ -73,6 +79,32 @@ def patiently(work: Callable[[], T]) -> T:
         finally:
             del error  # which would keep this frame, and this frame it
     return made  # type: ignore[no-any-return]
+
+
+def one_by_one(work: Callable[[T], R], items: Sequence[T], late: Callable[[T], R]) -> list[R]:
+    """What a function makes of each of some items; of those that take too long what `late` makes of them.
+
+    To pass on work takes time too, where other threads are busy; so all of it is passed on at once.
+    """
+    found: list[R] = []
+    while len(found) < len(items):
+        made: list[R] = []
+        try:
+            patiently(partial(do_all, work, items[len(found) :], made))
+            found += made
+        except TimeoutError:
+            found += made
+            found += map(late, items[len(found) : len(found) + 1])  # none, if it was done just now
+    return found
+
+
+def do_all(work: Callable[[T], R], items: Sequence[T], made: list[R]) -> None:
+    """Add what a function makes of each item, as long as somebody waits for it."""
+    for item in items:
+        if getattr(current_thread(), "alone", False):
+            return
+        count_anew()
+        made.append(work(item))
 
 
 def answer_of(aside: Aside, answers: SimpleQueue[Any]) -> Any:
