@@ -108,7 +108,9 @@ def make_works(place: Path, pictures: int, concepts: int, names: tuple[str, ...]
         Work("training", nothing, train, run_in, f"{RUN}/train.json"),
         Work("teaching a concept", copy, index_command("teach", "@tom", *examples(scenes, 5)), rows_in, None),
         Work("importing concepts", copy, take_in, rows_in, f"{STORE}-wal"),
-        Work("fixing captions", nothing, lambda folder: [CLIPMATCH, *check, folder / CLEAN], texts_in, "clean.train.txt"),
+        Work(
+            "fixing captions", nothing, lambda folder: [CLIPMATCH, *check, folder / CLEAN], texts_in, "clean.train.txt"
+        ),
     ]
     return {work.name: work for work in works if work.name in names}
 

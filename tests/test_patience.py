@@ -1,5 +1,6 @@
 """Files that hang, on a disk or in a decoder: the run goes on without them, says so, and ends."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -15,7 +16,7 @@ from clipmatch import patience
 from clipmatch.archive import digest_of
 from clipmatch.errors import ClipmatchError
 from clipmatch.index import Index
-from clipmatch.patience import Turn, count_anew, one_by_one, patiently
+from clipmatch.patience import Crew, Turn, count_anew, one_by_one, patiently
 from clipmatch.preprocess import ImageError, load_image
 
 REASON = "it takes more than 0.2 seconds"
@@ -69,6 +70,35 @@ def test_of_several_things_each_has_its_time(over):
     assert one_by_one(work, range(6), str) == [0, "1", "2", 30, 40, "5"]
     with pytest.raises(ZeroDivisionError):
         one_by_one(lambda item: 1 // item, [2, 1, 0], str)
+
+
+def test_a_crew_goes_on_without_what_hangs_and_without_who_did_it(over):
+    crew, done = Crew(2), []
+
+    def work(lot):
+        made = one_by_one(lambda item: over.wait() and item if item in (1, 2, 9) else 10 * item, lot, str)
+        time.sleep(0.3)  # more than a file may take: what follows may
+        done.append(lot)
+        return made
+
+    lots = [range(3), range(3, 6), range(6, 9), range(9, 12)]
+    jobs = [crew.submit(work, lot) for lot in lots]
+    assert [job.result() for job in jobs] == [[0, "1", "2"], [30, 40, 50], [60, 70, 80], ["9", 100, 110]]
+    assert sorted(map(list, done)) == list(map(list, lots))  # each once
+    with pytest.raises(ZeroDivisionError):
+        crew.submit(lambda item: 1 // item, 0).result()
+
+
+def test_the_threads_of_a_crew_end_with_it():
+    crew = Crew(3)
+    threads = {crew.submit(lambda _: (time.sleep(0.05), threading.current_thread())[1], number) for number in range(3)}
+    threads = {job.result() for job in threads}
+    assert len(threads) == 3
+    del crew
+    gc.collect()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_what_is_done_aside_already_is_passed_on_once():

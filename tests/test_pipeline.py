@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from clipmatch.patience import Crew
 from clipmatch.pipeline import in_order
 
 
 def test_results_come_in_the_order_of_the_items():
     with ThreadPoolExecutor(4) as pool:
         waits = [0.05, 0.0, 0.03, 0.01, 0.0, 0.02]
-        found = list(in_order(lambda wait: (time.sleep(wait), wait)[1], waits, pool))
+        found = list(in_order(lambda wait: (time.sleep(wait), wait)[1], waits, pool, ahead=8))
     assert found == waits
 
 
@@ -41,7 +42,7 @@ def test_work_goes_on_while_the_caller_is_busy():
         return number
 
     with ThreadPoolExecutor(1) as pool:
-        results = in_order(work, range(3), pool)
+        results = in_order(work, range(3), pool, ahead=2)
         assert next(results) == 0
         assert done.wait(5)  # nobody has asked for 1 yet
 
@@ -62,3 +63,20 @@ def test_the_first_error_in_order_is_raised_and_the_rest_is_dropped():
         with pytest.raises(ValueError, match="1"):
             next(results)
     assert len(begun) < 20
+
+
+def test_nobody_is_at_work_when_it_is_over():
+    begun, done = threading.Event(), threading.Event()
+
+    def work(number):
+        if number:
+            begun.set()
+            time.sleep(0.1)
+            done.set()
+        return number
+
+    results = in_order(work, range(2), Crew(2), ahead=1)
+    assert next(results) == 0
+    assert begun.wait(5)
+    results.close()
+    assert done.is_set()

@@ -279,7 +279,7 @@ def draw(
 
     drawn, failures = [], []
     with ThreadPoolExecutor(usable_cores()) as pool:
-        found = in_order(work, range(len(photos)), pool)
+        found = in_order(work, range(len(photos)), pool, 2 * usable_cores())
         for place, failure in enumerate(tqdm(found, "pictures", len(photos), unit="img", disable=not progress)):
             if failure:
                 failures.append(failure)

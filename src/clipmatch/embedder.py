@@ -43,12 +43,11 @@ from clipmatch.session import asked_for_only, open_session, output_shape
 from clipmatch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from onnxruntime import InferenceSession
     from PIL.Image import Image
 
     from clipmatch.checkpoint import Checkpoint
+    from clipmatch.patience import Crew
     from clipmatch.preprocess import Transform
 
 BATCH = 64
@@ -171,7 +170,9 @@ class BatchedEmbedder(ABC):
 
         size = max(1, min(self.lot, -(-len(paths) // usable_cores())))  # a few pictures are for all cores too
         with tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH) as bar:
-            for batch, made in in_order(work, parts([Path(path) for path in paths], size), self.workers):
+            for batch, made in in_order(
+                work, parts([Path(path) for path in paths], size), self.crew, 2 * self.crew.size
+            ):
                 failures += batch.failures
                 if made is not None:
                     files += batch.paths
@@ -180,11 +181,11 @@ class BatchedEmbedder(ABC):
         return ImageEmbeddings(stack(rows, shape), files, failures)
 
     @cached_property
-    def workers(self) -> ThreadPoolExecutor:
+    def crew(self) -> Crew:
         """A thread for each core."""
-        from concurrent.futures import ThreadPoolExecutor
+        from clipmatch.patience import Crew
 
-        return ThreadPoolExecutor(usable_cores(), "embed")
+        return Crew(usable_cores())
 
     def map_texts(
         self, encode: EncodeStrings, shape: tuple[int, ...], texts: Sequence[str], progress: bool
@@ -457,12 +458,11 @@ def read_batches(
     paths: list[Path], transform: Transform, size: int = BATCH, read: ReadImage | None = None
 ) -> Iterator[PixelBatch]:
     """Decode files in threads, some batches ahead of the consumer, in order. A bad file ends up in `failures`."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    from clipmatch.patience import Crew
     from clipmatch.pipeline import in_order
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        yield from in_order(lambda part: read_batch(part, transform, read), parts(paths, size), pool)
+    crew = Crew(usable_cores())
+    yield from in_order(lambda part: read_batch(part, transform, read), parts(paths, size), crew, 2 * crew.size)
 
 
 def read_batch(paths: list[Path], transform: Transform, read: ReadImage | None) -> PixelBatch:

@@ -3,7 +3,8 @@
 In: a function that reads a file. Out: what it returns or raises, or TimeoutError. Knows nothing of pictures.
 
 A thread can't be ended from outside. So what may hang is done in a thread beside that of the caller, who goes on
-without it when the time is over. What is left alone so is not waited for when the process ends.
+without it when the time is over. What is left alone so is not waited for when the process ends. To pass on work takes
+time too where the cores are busy: what reads much does so by a `Crew`, whose threads do all of it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import errno
 import math
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Condition, Thread, current_thread
 from typing import Any, TypeVar
 
@@ -24,38 +27,71 @@ from clipmatch.errors import ClipmatchError
 LIMIT = 60.0  # seconds for a file to be decoded, or for the next part of it to come
 MOST = 16  # files that hang at once: beyond that it is their disk
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 R = TypeVar("R")
+W = TypeVar("W")
 
 
 class Aside(Thread):
     """A thread that does one thing after another for others.
 
-    since: when the time began that it has for it; infinity while it waits for its turn. alone: nobody waits for it.
+    since: when the time began that it has for it; infinity where it may take as long as it likes. at: which of several
+    things it is at; given_up: those of them that have hung before. alone: nobody waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: SimpleQueue[Job[Any] | None] | None = None) -> None:
         super().__init__(name="aside", daemon=True)
-        self.tasks: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]] | None] = SimpleQueue()
+        self.tasks = SimpleQueue[Job[Any] | None]() if tasks is None else tasks
         self.since, self.alone = math.inf, False
+        self.at: Hashable = None
+        self.given_up: frozenset[Hashable] = frozenset()
         self.start()
 
     def run(self) -> None:
-        """Do what comes, until nothing is to come."""
-        while task := self.tasks.get():
-            work, answers = task
-            try:
-                answers.put((work(), None))
-            except BaseException as error:
-                answers.put((None, error))
-            del task, work, answers  # what was made is not kept until the next comes
+        """Do what comes, until nothing is to come or nobody waits for it."""
+        while not self.alone and (job := self.tasks.get()):
+            job.do(self)
+            del job  # what was made is not kept until the next comes
+
+
+class Job(Future[R]):
+    """What a thread is to do for another one. aside: that thread, from when on it is known."""
+
+    aside: Aside | None = None
+
+    def __init__(self, work: Callable[[], R], given_up: frozenset[Hashable] = frozenset()) -> None:
+        super().__init__()
+        self.work, self.given_up = work, given_up
+
+    def do(self, aside: Aside) -> None:
+        """Do it in this thread, if it was not called off."""
+        if not self.set_running_or_notify_cancel():
+            return
+        self.aside, aside.given_up = aside, self.given_up
+        try:
+            made = self.work()
+        except BaseException as error:
+            aside.since = math.inf  # before anyone hears of it, who may then have more for this thread
+            self.set_exception(error)
+        else:
+            aside.since = math.inf
+            self.set_result(made)
+
+    def hangs(self) -> bool:
+        """Wait until it is done, or its time is over."""
+        while not self.done():
+            left = self.aside.since + LIMIT - time.monotonic() if self.aside else LIMIT
+            if left <= 0:
+                return True
+            wait([self], min(left, LIMIT))
+        return False
 
 
 idle: deque[Aside] = deque()
 hanging: list[Aside] = []
 
 
-def patiently(work: Callable[[], T]) -> T:
+def patiently(work: Callable[[], R]) -> R:
     """What a function returns or raises; its work is done in another thread.
 
     Raises TimeoutError if it takes more than `LIMIT` seconds, and ClipmatchError if `MOST` files do at once. Called by
@@ -64,33 +100,33 @@ def patiently(work: Callable[[], T]) -> T:
     if isinstance(current_thread(), Aside):
         count_anew()
         return work()
-    aside, answers = next_aside(), SimpleQueue[Any]()
-    aside.since = time.monotonic()
-    aside.tasks.put((work, answers))
+    aside, job = next_aside(), Job(work)
+    aside.since, job.aside = time.monotonic(), aside
+    aside.tasks.put(job)
     try:
-        made, error = answer_of(aside, answers)
+        if job.hangs():
+            raise TimeoutError(errno.ETIMEDOUT, too_long())
     except BaseException:  # Ctrl-C as well
         leave_alone(aside)
+        aside.tasks.put(None)
         raise
     idle.append(aside)
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error  # which would keep this frame, and this frame it
-    return made  # type: ignore[no-any-return]
+    try:
+        return job.result()
+    finally:
+        del job  # an error would keep this frame, and this frame it
 
 
 def one_by_one(work: Callable[[T], R], items: Sequence[T], late: Callable[[T], R]) -> list[R]:
-    """What a function makes of each of some items; of those that take too long what `late` makes of them.
-
-    To pass on work takes time too, where other threads are busy; so all of it is passed on at once.
-    """
+    """What a function makes of each of some items; of those that take too long what `late` makes of them."""
     found: list[R] = []
+    if isinstance(current_thread(), Aside):
+        do_all(work, items, late, found)
+        return found
     while len(found) < len(items):
         made: list[R] = []
         try:
-            patiently(partial(do_all, work, items[len(found) :], made))
+            patiently(partial(do_all, work, items[len(found) :], late, made))
             found += made
         except TimeoutError:
             found += made
@@ -98,21 +134,60 @@ def one_by_one(work: Callable[[T], R], items: Sequence[T], late: Callable[[T], R
     return found
 
 
-def do_all(work: Callable[[T], R], items: Sequence[T], made: list[R]) -> None:
-    """Add what a function makes of each item, as long as somebody waits for it."""
-    for item in items:
-        if getattr(current_thread(), "alone", False):
+def do_all(work: Callable[[T], R], items: Sequence[T], late: Callable[[T], R], made: list[R]) -> None:
+    """Add what is made of each item, as long as somebody waits for it. Called in an `Aside`."""
+    aside = current_thread()
+    assert isinstance(aside, Aside)
+    for aside.at in items:
+        if aside.alone:
             return
         count_anew()
-        made.append(work(item))
+        made.append(late(aside.at) if aside.at in aside.given_up else work(aside.at))
+    aside.since = math.inf
 
 
-def answer_of(aside: Aside, answers: SimpleQueue[Any]) -> Any:
-    """What a thread has made, and the error if there was one. Raises TimeoutError."""
-    while (left := aside.since + LIMIT - time.monotonic()) > 0:
-        with suppress(Empty):
-            return answers.get(timeout=min(left, LIMIT))
-    raise TimeoutError(errno.ETIMEDOUT, too_long())
+class Crew:
+    """Threads that do what is passed to them, as those of a `ThreadPoolExecutor` do, and may hang in `one_by_one`.
+
+    One that does is left alone, another takes its place, and does all of the work again but for what it hung at.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.tasks = size, SimpleQueue[Job[Any] | None]()
+        for _ in range(size):
+            Aside(self.tasks)
+        weakref.finalize(self, dismiss, self.tasks, size)
+
+    def submit(self, work: Callable[[W], R], item: W) -> Future[R]:
+        """What will be made of an item. Its result raises ClipmatchError if `MOST` files hang at once."""
+        job = CrewJob(self, partial(work, item))
+        self.tasks.put(job)
+        return job
+
+
+def dismiss(tasks: SimpleQueue[Job[Any] | None], size: int) -> None:
+    """End as many threads, when they have done what is to do."""
+    for _ in range(size):
+        tasks.put(None)
+
+
+class CrewJob(Job[R]):
+    """What a crew is to do."""
+
+    def __init__(self, crew: Crew, work: Callable[[], R], given_up: frozenset[Hashable] = frozenset()) -> None:
+        super().__init__(work, given_up)
+        self.crew = crew
+
+    def result(self, timeout: float | None = None) -> R:
+        """As of a `Future`, but it is waited for patiently."""
+        if not self.hangs():
+            return super().result(timeout)
+        assert self.aside
+        again = CrewJob(self.crew, self.work, self.given_up | {self.aside.at})
+        leave_alone(self.aside)
+        Aside(self.crew.tasks)
+        self.crew.tasks.put(again)
+        return again.result(timeout)
 
 
 def too_long() -> str:
@@ -132,7 +207,6 @@ def next_aside() -> Aside:
 def leave_alone(aside: Aside) -> None:
     """Go on without a thread, which ends with what it does. Raises ClipmatchError if there are many."""
     aside.alone = True
-    aside.tasks.put(None)
     hanging[:] = [*(other for other in hanging if other.is_alive()), aside]
     if len(hanging) >= MOST:
         raise ClipmatchError(
