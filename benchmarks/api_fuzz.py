@@ -173,7 +173,7 @@ class Known:
         if label == SEARCH and not body.get("query", "").strip() and some(body, True) is True:
             body["query"] = "a cat"
         if label == PAINT:  # none that takes hours
-            body |= {"steps": int(body.get("steps") or 2) % 3, "n": 1 + int(body.get("n", 1)) % 2}
+            body |= {"steps": 1 + int(body.get("steps") or 1) % 2, "n": 1 + int(body.get("n", 1)) % 2}
         if label == BY_PICTURE:
             asked = {name: self.value(name, value) for name, value in question.items()}
             body = {
