@@ -35,7 +35,7 @@ def photograph_set(data: Path, size: str, count: int) -> Path:
     sides = SIZES[size] and np.linspace(*SIZES[size], len(found))  # megapixels of each
     work = partial(write_photograph, draft, found, sides)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for _ in in_order(work, range(len(found)), pool):
+        for _ in in_order(work, range(len(found)), pool, 2 * usable_cores()):
             pass
     draft.rename(folder)
     return folder

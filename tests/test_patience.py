@@ -89,6 +89,22 @@ def test_a_crew_goes_on_without_what_hangs_and_without_who_did_it(over):
         crew.submit(lambda item: 1 // item, 0).result()
 
 
+def test_a_crew_all_of_whose_threads_hang_goes_on(over):
+    crew = Crew(2)
+    jobs = [crew.submit(lambda lot: one_by_one(lambda _: over.wait(), lot, str), [number]) for number in range(5)]
+    assert [job.result() for job in jobs] == [["0"], ["1"], ["2"], ["3"], ["4"]]
+    assert crew.submit(lambda item: item + 1, 1).result() == 2
+
+
+def test_a_crew_that_many_files_hang_has_still_its_threads(over, monkeypatch):
+    monkeypatch.setattr(patience, "MOST", 2)
+    crew = Crew(2)
+    jobs = [crew.submit(lambda lot: one_by_one(lambda _: over.wait(), lot, str), [number]) for number in range(3)]
+    with pytest.raises(ClipmatchError, match="2 files have been read"):
+        jobs[0].result()
+    assert crew.submit(lambda item: item + 1, 1).result() == 2
+
+
 def test_the_threads_of_a_crew_end_with_it():
     crew = Crew(3)
     threads = {crew.submit(lambda _: (time.sleep(0.05), threading.current_thread())[1], number) for number in range(3)}

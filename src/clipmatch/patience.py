@@ -19,7 +19,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from threading import Condition, Thread, current_thread
+from threading import Condition, Lock, Thread, current_thread
 from typing import Any, TypeVar
 
 from clipmatch.errors import ClipmatchError
@@ -36,7 +36,7 @@ class Aside(Thread):
     """A thread that does one thing after another for others.
 
     since: when the time began that it has for it; infinity where it may take as long as it likes. at: which of several
-    things it is at; given_up: those of them that have hung before. alone: nobody waits for it.
+    things it is at. alone: nobody waits for it.
     """
 
     def __init__(self, tasks: SimpleQueue[Job[Any] | None] | None = None) -> None:
@@ -44,7 +44,7 @@ class Aside(Thread):
         self.tasks = SimpleQueue[Job[Any] | None]() if tasks is None else tasks
         self.since, self.alone = math.inf, False
         self.at: Hashable = None
-        self.given_up: frozenset[Hashable] = frozenset()
+        self.job: Job[Any] | None = None
         self.start()
 
     def run(self) -> None:
@@ -57,25 +57,31 @@ class Aside(Thread):
 class Job(Future[R]):
     """What a thread is to do for another one. aside: that thread, from when on it is known."""
 
-    aside: Aside | None = None
-
-    def __init__(self, work: Callable[[], R], given_up: frozenset[Hashable] = frozenset()) -> None:
+    def __init__(self, work: Callable[[], R]) -> None:
         super().__init__()
-        self.work, self.given_up = work, given_up
+        self.work = work
+        self.aside: Aside | None = None
+        self.given_up: frozenset[Hashable] = frozenset()  # of several things to do, those that have hung
 
     def do(self, aside: Aside) -> None:
         """Do it in this thread, if it was not called off."""
-        if not self.set_running_or_notify_cancel():
+        if not self.running() and not self.set_running_or_notify_cancel():
             return
-        self.aside, aside.given_up = aside, self.given_up
+        self.aside, aside.job = aside, self
+        made, error = None, None
         try:
             made = self.work()
-        except BaseException as error:
-            aside.since = math.inf  # before anyone hears of it, who may then have more for this thread
-            self.set_exception(error)
-        else:
-            aside.since = math.inf
-            self.set_result(made)
+        except BaseException as problem:
+            error = problem
+        aside.since = math.inf  # before anyone hears of it, who may then have more for this thread
+        with turn:
+            aside.job = None
+            if aside.alone:  # somebody else does it again
+                return
+            if error is None:
+                self.set_result(made)  # type: ignore[arg-type]
+            else:
+                self.set_exception(error)
 
     def hangs(self) -> bool:
         """Wait until it is done, or its time is over."""
@@ -87,6 +93,7 @@ class Job(Future[R]):
         return False
 
 
+turn = Lock()  # to say that something is done, or that nobody waits for it
 idle: deque[Aside] = deque()
 hanging: list[Aside] = []
 
@@ -138,31 +145,52 @@ def do_all(work: Callable[[T], R], items: Sequence[T], late: Callable[[T], R], m
     """Add what is made of each item, as long as somebody waits for it. Called in an `Aside`."""
     aside = current_thread()
     assert isinstance(aside, Aside)
+    assert aside.job
     for aside.at in items:
         if aside.alone:
             return
         count_anew()
-        made.append(late(aside.at) if aside.at in aside.given_up else work(aside.at))
+        made.append(late(aside.at) if aside.at in aside.job.given_up else work(aside.at))
     aside.since = math.inf
 
 
 class Crew:
     """Threads that do what is passed to them, as those of a `ThreadPoolExecutor` do, and may hang in `one_by_one`.
 
-    One that does is left alone, another takes its place, and does all of the work again but for what it hung at.
+    One that does is left alone, another takes its place, and all that it had to do is done again but for what it hung
+    at. Whoever waits for anything looks after all of them.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.tasks = size, SimpleQueue[Job[Any] | None]()
-        for _ in range(size):
-            Aside(self.tasks)
+        self.asides = [Aside(self.tasks) for _ in range(size)]
         weakref.finalize(self, dismiss, self.tasks, size)
 
     def submit(self, work: Callable[[W], R], item: W) -> Future[R]:
-        """What will be made of an item. Its result raises ClipmatchError if `MOST` files hang at once."""
+        """What will be made of an item. To wait for it raises ClipmatchError if `MOST` files hang at once."""
         job = CrewJob(self, partial(work, item))
         self.tasks.put(job)
         return job
+
+    def look_after(self) -> float:
+        """Go on without those that hang -> seconds until the next one may."""
+        now = time.monotonic()
+        for aside in list(self.asides):
+            if aside.since + LIMIT <= now:
+                self.replace(aside)
+        return min(aside.since for aside in self.asides) + LIMIT - now
+
+    def replace(self, aside: Aside) -> None:
+        """Put another thread in the place of one that hangs, and what that had to do at the end of what is to do."""
+        with turn:
+            job = aside.job
+            if aside not in self.asides or job is None or job.done():
+                return  # somebody else has done so, or it goes on just now
+            aside.alone = True
+            job.given_up |= {aside.at}
+            self.asides[self.asides.index(aside)] = Aside(self.tasks)
+            self.tasks.put(job)
+        leave_alone(aside)
 
 
 def dismiss(tasks: SimpleQueue[Job[Any] | None], size: int) -> None:
@@ -174,20 +202,15 @@ def dismiss(tasks: SimpleQueue[Job[Any] | None], size: int) -> None:
 class CrewJob(Job[R]):
     """What a crew is to do."""
 
-    def __init__(self, crew: Crew, work: Callable[[], R], given_up: frozenset[Hashable] = frozenset()) -> None:
-        super().__init__(work, given_up)
+    def __init__(self, crew: Crew, work: Callable[[], R]) -> None:
+        super().__init__(work)
         self.crew = crew
 
     def result(self, timeout: float | None = None) -> R:
         """As of a `Future`, but it is waited for patiently."""
-        if not self.hangs():
-            return super().result(timeout)
-        assert self.aside
-        again = CrewJob(self.crew, self.work, self.given_up | {self.aside.at})
-        leave_alone(self.aside)
-        Aside(self.crew.tasks)
-        self.crew.tasks.put(again)
-        return again.result(timeout)
+        while not self.done():
+            wait([self], min(self.crew.look_after(), LIMIT / 8))  # another thread may have begun meanwhile
+        return super().result(timeout)
 
 
 def too_long() -> str:
