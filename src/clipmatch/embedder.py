@@ -170,9 +170,8 @@ class BatchedEmbedder(ABC):
 
         size = max(1, min(self.lot, -(-len(paths) // usable_cores())))  # a few pictures are for all cores too
         with tqdm(total=len(paths), desc="images", unit="img", disable=not progress or len(paths) < BATCH) as bar:
-            for batch, made in in_order(
-                work, parts([Path(path) for path in paths], size), self.crew, 2 * self.crew.size
-            ):
+            lots = parts([Path(path) for path in paths], size)
+            for batch, made in in_order(work, lots, self.crew, 2 * self.crew.size):
                 failures += batch.failures
                 if made is not None:
                     files += batch.paths
