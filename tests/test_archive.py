@@ -287,3 +287,12 @@ def test_a_picture_on_object_storage_is_fetched_once_for_both_of_its_readers(tmp
         assert archive.digest_of(path) == hashlib.sha256(picture("red")).hexdigest()
         assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
         assert fetched.count(path) == 1
+
+
+def test_what_was_read_of_object_storage_before_is_not_hashed(tmp_path):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    path = absolute("fsspec+memory://stale/a.png")
+    for colour in ("red", "blue"):
+        memory.pipe_file("/stale/a.png", picture(colour))
+        load_image(path)
+        assert archive.digest_of(path) == hashlib.sha256(picture(colour)).hexdigest()

@@ -137,6 +137,24 @@ def test_pictures_that_a_table_names_may_go(index, named):
     assert captions(index, named).keys() == {"red.png", "blue.png"}
 
 
+def test_a_damaged_picture_that_a_table_names_is_read_once_and_forgotten_when_it_goes(index, tmp_path):
+    elsewhere, table = tmp_path / "elsewhere", tmp_path / "tables" / "table.parquet"
+    paint(elsewhere / "red.png", "red")
+    (elsewhere / "bad.png").write_bytes(b"no picture")
+    table.parent.mkdir()
+    pq.write_table(pa.table({"path": [str(elsewhere / name) for name in ("red.png", "bad.png")]}), table)
+    first = index.update([table], progress=False)
+    again = index.update(progress=False)
+    assert (first.added, again.unchanged, again.failures) == (1, 1, first.failures)
+    assert [failure.path for failure in index.store.failures()] == [elsewhere / "bad.png"]
+    (elsewhere / "bad.png").write_bytes((elsewhere / "red.png").read_bytes())
+    (elsewhere / "bad.png").write_bytes(b"still none, but another")
+    assert [failure.path for failure in index.update(progress=False).failures] == [elsewhere / "bad.png"]
+    (elsewhere / "bad.png").unlink()
+    assert index.update(progress=False).failures == [Failure(elsewhere / "bad.png", GONE)]
+    assert index.store.failures() == []
+
+
 @pytest.mark.parametrize("away", ["the files", "the folder", "the place of a disk"])
 def test_pictures_that_are_gone_all_at_once_stay_and_are_told_of(index, tmp_path, away):
     """As a folder that has vanished; those that the table names elsewhere are not concerned."""

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from PIL import ExifTags, Image
 from pseudoterminal import Terminal
 
+from clipmatch import remote
 from clipmatch.errors import ClipmatchError
 from clipmatch.output import (
     OutputOptions,
@@ -393,10 +394,23 @@ def test_pictures_in_an_archive_are_copied_out_of_it_and_not_linked(red, tmp_pat
         assert (failure.path, failure.reason) == (inside[1].path, "no such file or directory")
         assert (tmp_path / "out" / "01_dog.jpg").read_bytes() == red.read_bytes()
     failures = place_matches(inside[:1], tmp_path / "links", link_file)
-    assert [failure.reason for failure in failures] == ["it is in an archive; --copy-to copies it out"]
+    assert [failure.reason for failure in failures] == [
+        "it is in an archive or on object storage; --copy-to copies it out"
+    ]
     (tmp_path / "out" / "01_dog.jpg").write_bytes(b"mine")
     with pytest.raises(ClipmatchError, match="is there already and is something else"):
         place_matches(inside[:1], tmp_path / "out", copy_file)
+
+
+def test_pictures_on_object_storage_are_copied(red, tmp_path):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe_file("/copies/dog.jpg", red.read_bytes())
+    found = [Match(remote.absolute(f"fsspec+memory://copies/{name}.jpg"), 0.5) for name in ("dog", "cat")]
+    for _ in range(2):
+        (failure,) = place_matches(found, tmp_path / "out", copy_file)
+        assert failure.path == found[1].path
+        assert (tmp_path / "out" / "01_dog.jpg").read_bytes() == red.read_bytes()
+    assert len(place_matches(found, tmp_path / "links", link_file)) == 2
 
 
 def test_a_full_disk_leaves_no_half_copy(red, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from colours import ColourEmbedder, paint
@@ -159,10 +160,13 @@ def test_who_waits_for_a_turn_has_time_and_who_hangs_has_lost_it(over):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_process_that_was_forked_has_threads_of_its_own():
     patiently(lambda: None)
-    child = multiprocessing.get_context("fork").Process(target=patiently, args=(os.getpid,))
-    child.start()
-    child.join(20)
-    assert child.exitcode == 0
+    crew = Crew(2)
+    assert crew.submit(lambda item: item + 1, 1).result() == 2
+    for work in (partial(patiently, os.getpid), lambda: crew.submit(lambda item: item + 1, 1).result()):
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
 
 
 # Files
@@ -198,6 +202,20 @@ def test_a_picture_without_end_is_listed_and_tried_again(photos, endless, tmp_pa
         endless.set()
         summary = index.update(progress=False)
         assert (summary.added, summary.unchanged, summary.failures) == (2, 4, [])
+
+
+def test_a_new_model_does_not_drop_what_hung(photos, endless, tmp_path):
+    endless.set()
+    (photos / "a.jpg").write_bytes(b"endless")
+    with Index.open(tmp_path / "index.sqlite", ColourEmbedder()) as index:
+        count = index.update([photos], progress=False).added
+        endless.clear()
+        with pytest.raises(ClipmatchError, match=r"1 photographs can't be read now, such as .*a\.jpg; the index still"):
+            index.reembed(ColourEmbedder("other"), progress=False)
+        endless.set()
+        assert len(index.store) == count
+        assert index.reembed(ColourEmbedder("other"), progress=False).failures == []
+        assert len(index.store) == count
 
 
 def test_a_file_is_hashed_for_as_long_as_it_comes(tmp_path, over, monkeypatch):

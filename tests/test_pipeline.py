@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from clipmatch import pipeline
 from clipmatch.patience import Crew
 from clipmatch.pipeline import in_order
 
@@ -63,6 +64,35 @@ def test_the_first_error_in_order_is_raised_and_the_rest_is_dropped():
         with pytest.raises(ValueError, match="1"):
             next(results)
     assert len(begun) < 20
+
+
+def test_what_hangs_is_not_waited_for_when_it_is_over(monkeypatch):
+    monkeypatch.setattr(pipeline, "GRACE", 0.1)
+    event = threading.Event()
+    results = in_order(lambda number: number and event.wait(30), range(3), Crew(2), ahead=2)
+    assert next(results) == 0
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 5
+    event.set()
+
+
+def test_what_was_waited_for_at_an_interrupt_is_done_too(monkeypatch):
+    begun, done = threading.Event(), threading.Event()
+
+    def work(_):
+        begun.set()
+        time.sleep(0.1)
+        done.set()
+
+    class Interrupted(Crew):
+        def look_after(self):
+            assert begun.wait(5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(work, range(1), Interrupted(1), ahead=1))
+    assert done.is_set()
 
 
 def test_nobody_is_at_work_when_it_is_over():

@@ -20,7 +20,7 @@ from typing import IO, cast
 
 from clipmatch.imageformats import SUFFIXES
 from clipmatch.patience import count_anew, patiently
-from clipmatch.remote import fetch_once, is_remote, open_raw, read_whole, status_of
+from clipmatch.remote import is_remote, keep, open_raw, read_whole, status_of, take
 from clipmatch.tablefiles import SUFFIX as PARQUET
 from clipmatch.tablefiles import read_row, row_names
 
@@ -56,7 +56,8 @@ def open_file(path: Path) -> IO[bytes]:
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of an ordinary file or of a member of an archive. Raises OSError."""
-    return fetch_once(path, read_now) if is_remote(path) else read_now(path)
+    kept = take(path) if is_remote(path) else None
+    return read_now(path) if kept is None else kept
 
 
 def read_now(path: Path) -> bytes:
@@ -80,6 +81,10 @@ def digest_of(path: Path) -> str:
     """
 
     def compute() -> str:
+        if is_remote(path):
+            data = read_now(path)
+            keep(path, data)
+            return hashlib.sha256(data).hexdigest()
         sha = hashlib.sha256()
         with open_file(path) as file:
             left = file.seek(0, io.SEEK_END)  # a file may grow as fast as it is read

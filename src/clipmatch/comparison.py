@@ -63,12 +63,13 @@ def compare(store: PhotoStore, roots: Sequence[Root], summary: Summary, keep_emp
     failed: set[Path] = set()
     for root in sorted(roots, key=lambda root: not is_archive(root.path)):  # a table says more than the folder
         known, broken = store.stamps(root.path)
-        failed |= broken.keys()
         items: Iterable[Found | Failure] = files_below(root)
         stamps = known
-        if is_archive(root.path):
+        if is_archive(root.path):  # a table names pictures that may lie anywhere
             items = list(items)
-            stamps = known | stamps_elsewhere(store, items, root)
+            more = store.stamps_of([item.path for item in items if not item.path.is_relative_to(root.path)])
+            stamps, broken = known | more[0], broken | more[1]
+        failed |= broken.keys()
         found.known |= stamps.keys()
         for item in items:
             if isinstance(item, Failure):
@@ -102,12 +103,6 @@ def is_in_another(path: Path, roots: AbstractSet[Path]) -> bool:
     """
     inside = locate(path)
     return inside is not None and inside[0] not in roots and inside[0].exists()
-
-
-def stamps_elsewhere(store: PhotoStore, items: Sequence[Found | Failure], root: Root) -> dict[Path, Stamp]:
-    """The stamps of pictures that a table names and that the store knows; they may lie anywhere."""
-    outside = [item.path for item in items if not item.path.is_relative_to(root.path)]
-    return {photo.path: photo.stamp for photo in store.photos_of(store.numbers_of(outside).values())}
 
 
 def files_below(root: Root) -> Iterator[Found | Failure]:

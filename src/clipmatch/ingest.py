@@ -45,6 +45,7 @@ BATCH = 64  # files between two commits
 LOT = 8  # files that a core hashes at once
 UNDER_WAY = 2  # batches being embedded: as one runs out, each core finds work in the next
 SHOWN = 64  # files from which on there is a progress bar
+NO_VECTOR = "the model gives no vector of length 1 for it"
 CHANGED = "it changed while it was read; the next update takes it in"
 
 T = TypeVar("T")
@@ -107,12 +108,16 @@ def reembed(store: PhotoStore, embedder: Embedder, name: ModelName, progress: bo
     with counter(len(missing), progress) as bar, ThreadPoolExecutor(UNDER_WAY) as pool:
         for batch, done in in_order(embed, batches, pool, UNDER_WAY):
             pairs = zip(done.paths, done.rows, strict=True)
-            rows = {batch[path].digest: row for path, row in pairs if are_unit(row)}
-            store.upsert([], name.fingerprint, rows, {})
-            summary.changed += len(rows)
+            made = {path: row for path, row in pairs if are_unit(row)}
+            store.upsert([], name.fingerprint, {batch[path].digest: row for path, row in made.items()}, {})
+            summary.changed += len(made)
             summary.failures += done.failures
+            summary.failures += [Failure(path, NO_VECTOR) for path in done.paths if path not in made]
             bar.update(len(batch))
-    absent = [failure.path for failure in summary.failures if not is_readable(failure.path)]
+    passing = {*LACKING, too_long()}
+    absent = [
+        failure.path for failure in summary.failures if failure.reason in passing or not is_readable(failure.path)
+    ]
     if absent:
         raise ClipmatchError(
             f"{len(absent)} photographs can't be read now, such as {absent[0]}; the index still answers with the old "
@@ -207,7 +212,7 @@ def keep(
         if digest in rows:
             del under_way[digest]  # from now on the store knows it
         else:
-            under_way[digest] = reasons.get(digest, "the model gives no vector of length 1 for it")
+            under_way[digest] = reasons.get(digest, NO_VECTOR)
     photos, failures = [], []
     for path, digest in batch.digests.items():
         if path in changed:

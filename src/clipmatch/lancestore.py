@@ -147,9 +147,11 @@ class LanceStore:
     @property
     def content(self) -> str:
         """A token that every write changes; "" for an empty store."""
-        about = self._about
+        photos = self.tables.table("photos")
+        if photos is None:
+            return ""
         with making_sense(self.path):
-            return f"{about[TOKEN.encode()].decode()}-{self.tables.table('photos').version}" if about else ""
+            return f"{photos.schema.metadata[TOKEN.encode()].decode()}-{photos.version}"
 
     def bind(self, model: ModelName) -> None:
         """Take the rows of `model` from now on: those that were stored for it, by content, are put in their places."""

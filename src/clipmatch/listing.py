@@ -27,7 +27,7 @@ from clipmatch.tablefiles import captions_in, has_captions, linked, row_names
 
 ARCHIVES = (".tar", PARQUET)
 GONE = "it is not there, and its table still names it"
-AWAY = "it is not there now, nor any other in its folder; it stays until it is removed: clipmatch index --remove"
+AWAY = "it is not there now, nor any other in its folder; an index that has it keeps it until: clipmatch index --remove"
 
 
 def is_archive(path: Path) -> bool:

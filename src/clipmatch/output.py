@@ -21,7 +21,7 @@ import click
 
 from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
-from clipmatch.remote import address_of, is_remote
+from clipmatch.remote import absolute, address_of, is_remote
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-NO_LINK = "it is in an archive; --copy-to copies it out"
+NO_LINK = "it is in an archive or on object storage; --copy-to copies it out"
 LONGEST_NAME = 255  # bytes, on the usual file systems
 THUMBNAIL = (320, 320)  # pixels at most, on a page
 NO_PICTURES = (
@@ -270,7 +270,7 @@ def place_matches(
     failures = []
     make_folder(folder)
     for source, target in targets(matches, folder, first):
-        if place is link_file and locate(source):
+        if place is link_file and (is_remote(source) or locate(source)):
             failures.append(Failure(source, NO_LINK))
             continue
         try:
@@ -291,7 +291,7 @@ def targets(matches: Sequence[Match], folder: Path, first: int) -> Iterator[tupl
     """Each match with its place in the folder: 01_name.jpg, so that they are sorted and no two are the same."""
     digits = max(2, len(str(first + len(matches) - 1)))
     for rank, match in enumerate(matches, first):
-        yield match.path.absolute(), folder / short_name(f"{rank:0{digits}d}_{match.path.stem}", match.path.suffix)
+        yield absolute(match.path), folder / short_name(f"{rank:0{digits}d}_{match.path.stem}", match.path.suffix)
 
 
 def short_name(stem: str, suffix: str) -> str:

@@ -82,6 +82,7 @@ class Job(Future[R]):
                 self.set_result(made)  # type: ignore[arg-type]
             else:
                 self.set_exception(error)
+        del made, error  # an error would keep this frame, and this frame it
 
     def hangs(self) -> bool:
         """Wait until it is done, or its time is over."""
@@ -162,12 +163,19 @@ class Crew:
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self.tasks = size, SimpleQueue[Job[Any] | None]()
-        self.asides = [Aside(self.tasks) for _ in range(size)]
-        weakref.finalize(self, dismiss, self.tasks, size)
+        self.size = size
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the threads."""
+        self.tasks = SimpleQueue[Job[Any] | None]()
+        self.asides = [Aside(self.tasks) for _ in range(self.size)]
+        weakref.finalize(self, dismiss, self.tasks, self.size)
 
     def submit(self, work: Callable[[W], R], item: W) -> Future[R]:
         """What will be made of an item. To wait for it raises ClipmatchError if `MOST` files hang at once."""
+        if not any(aside.is_alive() for aside in self.asides):  # in a process that was forked
+            self.begin()
         job = CrewJob(self, partial(work, item))
         self.tasks.put(job)
         return job
@@ -184,8 +192,8 @@ class Crew:
         """Put another thread in the place of one that hangs, and what that had to do at the end of what is to do."""
         with turn:
             job = aside.job
-            if aside not in self.asides or job is None or job.done():
-                return  # somebody else has done so, or it goes on just now
+            if job is None or job.done() or aside not in self.asides or aside.since + LIMIT > time.monotonic():
+                return  # it goes on just now, or somebody else has replaced it
             aside.alone = True
             job.given_up |= {aside.at}
             self.asides[self.asides.index(aside)] = Aside(self.tasks)
@@ -229,9 +237,11 @@ def next_aside() -> Aside:
 
 def leave_alone(aside: Aside) -> None:
     """Go on without a thread, which ends with what it does. Raises ClipmatchError if there are many."""
-    aside.alone = True
-    hanging[:] = [*(other for other in hanging if other.is_alive()), aside]
-    if len(hanging) >= MOST:
+    with turn:
+        aside.alone = True
+        hanging[:] = [*(other for other in hanging if other.is_alive()), aside]
+        many = len(hanging) >= MOST
+    if many:
         raise ClipmatchError(
             f"{len(hanging)} files have been read for more than {LIMIT:g} seconds each, and still are; see whether "
             "the disk they are on answers, and start it again."

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
+
+GRACE = 5.0  # seconds for what is under way when it is given up
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,12 +35,18 @@ def in_order(work: Callable[[T], R], items: Iterable[T], pool: Pool, ahead: int)
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
+                yield first_of(waiting)
         while waiting:
-            yield waiting.popleft().result()
+            yield first_of(waiting)
     finally:
         for future in waiting:
             future.cancel()
-        for future in waiting:  # a thread that is at work when Python ends may take the process down with it
-            with suppress(Exception):
-                future.result()
+        # A thread that computes when Python ends may take the process down with it; one that hangs does not.
+        wait((future for future in waiting if not future.cancelled()), GRACE)
+
+
+def first_of(waiting: deque[Future[R]]) -> R:
+    """The first result, when it is there; until then it is among those that are waited for."""
+    found = waiting[0].result()
+    waiting.popleft()
+    return found

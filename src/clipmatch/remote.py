@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,21 +80,22 @@ def read_whole(path: Path) -> bytes:
     return b"".join(parts)
 
 
-def fetch_once(path: Path, fetch: Callable[[Path], bytes]) -> bytes:
-    """The bytes of a picture that is read twice, first to be hashed and then to be decoded: they are fetched once.
+def keep(path: Path, data: bytes) -> None:
+    """Remember the bytes of a picture that has been hashed, and will be decoded: they are fetched once.
 
-    What the second reader never comes for is forgotten. Raises what `fetch` does.
+    What nobody comes for is forgotten.
     """
     with turn:
-        data = fetched.pop(path, None)
-    if data is not None:
-        return data
-    data = fetch(path)
-    with turn:
+        fetched.pop(path, None)
         fetched[path] = data
         while sum(map(len, fetched.values())) > KEPT:
             del fetched[next(iter(fetched))]
-    return data
+
+
+def take(path: Path) -> bytes | None:
+    """What was remembered, once."""
+    with turn:
+        return fetched.pop(path, None)
 
 
 def status_of(path: Path) -> tuple[int, int]:

@@ -269,6 +269,12 @@ class Store:
             known = {Path(os.fsdecode(path)): check_stamp(Stamp(*stamp)) for path, *stamp in good}
         return known, self.broken(condition, values)
 
+    def stamps_of(self, paths: Iterable[Path]) -> tuple[dict[Path, Stamp], dict[Path, tuple[Stamp, str]]]:
+        """As `stamps`, of these files."""
+        wanted = set(paths)
+        known = {photo.path: photo.stamp for photo in self.photos_of(self.numbers_of(wanted).values())}
+        return known, {path: found for path, found in self.broken().items() if path in wanted}
+
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
         found = {}

@@ -274,12 +274,14 @@ class StreamedImages(LiveImages):
 
     def load(self, item: int, min_size: int) -> Image:
         """One picture, decoded. Raises ImageError."""
+        path = Path("an archive")
         try:
             shard, sample = self.rows.sample(item)
+            path = shard.path / sample.name
             data = patiently(partial(read_at, shard.path, sample.offset, sample.size))
         except OSError as error:
-            raise ImageError(Path(error.filename or "an archive"), error.strerror or "can't be read") from error
-        return load_image(shard.path / sample.name, min_size, data)
+            raise ImageError(Path(error.filename or path), error.strerror or "can't be read") from error
+        return load_image(path, min_size, data)
 
     def features(self, model: CLIPModel, batch: Tensor) -> Tensor:
         """Pixels, uint8 [b, s, s, 3] -> [b, h]."""
