@@ -45,3 +45,21 @@ def paint(path, colour):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), colour).save(path, format="PNG")
     return path
+
+
+# A program that brings an index up to date, slowly and with many commits, to be killed or looked at meanwhile. It takes
+# the index and the folder.
+SLOW = """
+import sys, time
+import clipmatch.ingest
+from clipmatch.index import Index
+from colours import ColourEmbedder
+
+class Slow(ColourEmbedder):
+    def embed_images(self, paths, progress=True, read=None):
+        time.sleep(0.15)
+        return super().embed_images(paths, progress, read)
+
+clipmatch.ingest.BATCH = 2
+Index.open(sys.argv[1], Slow()).update([sys.argv[2]], progress=False)
+"""

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from colours import ColourEmbedder, paint
+from colours import SLOW, ColourEmbedder, paint
 from PIL import ExifTags, Image
 
 from clipmatch.crawl import list_images, walk
@@ -260,22 +260,6 @@ def test_an_interruption_keeps_what_was_done(index, model, photos, monkeypatch):
     model.seen.clear()
     assert str(index.update(progress=False)) == "2 added, 0 moved, 0 changed, 2 unchanged, 0 removed, 0 failed"
     assert len(model.seen) == 2
-
-
-SLOW = """
-import sys, time
-import clipmatch.ingest
-from clipmatch.index import Index
-from colours import ColourEmbedder
-
-class Slow(ColourEmbedder):
-    def embed_images(self, paths, progress=True, read=None):
-        time.sleep(0.15)
-        return super().embed_images(paths, progress, read)
-
-clipmatch.ingest.BATCH = 2
-Index.open(sys.argv[1], Slow()).update([sys.argv[2]], progress=False)
-"""
 
 
 @pytest.fixture

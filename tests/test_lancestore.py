@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colours import ColourEmbedder, paint
+from colours import SLOW, ColourEmbedder, paint
 
 lancedb = pytest.importorskip("lancedb", reason="the extra `distributed` is not installed; make test-cluster has it")
 
@@ -229,22 +229,6 @@ def test_several_writers_at_once_lose_nothing_and_double_nothing(store):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * 4
     assert sorted(int(photo.path.stem) for _, photo in store.photos()) == list(range(110))
-
-
-SLOW = """
-import sys, time
-import clipmatch.ingest
-from clipmatch.index import Index
-from colours import ColourEmbedder
-
-class Slow(ColourEmbedder):
-    def embed_images(self, paths, progress=True, read=None):
-        time.sleep(0.15)
-        return super().embed_images(paths, progress, read)
-
-clipmatch.ingest.BATCH = 2
-Index.open(sys.argv[1], Slow()).update([sys.argv[2]], progress=False)
-"""
 
 
 def stored(place):

@@ -21,7 +21,7 @@ import click
 
 from clipmatch.atomic import atomic_file
 from clipmatch.errors import ClipmatchError
-from clipmatch.remote import absolute, address_of, is_remote
+from clipmatch.remote import absolute, address_of, is_remote, open_raw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -263,23 +263,30 @@ def place_matches(
     Never overwrites; what an earlier run has placed is left as it is. Raises ClipmatchError when a file is in the way
     or can't be written.
     """
-    from clipmatch.archive import locate, open_file
+    from clipmatch.archive import locate, read_bytes
     from clipmatch.errors import Failure
     from clipmatch.preprocess import plain_reason
 
     failures = []
     make_folder(folder)
     for source, target in targets(matches, folder, first):
-        if place is link_file and (is_remote(source) or locate(source)):
+        ordinary, data = not is_remote(source) and locate(source) is None, b""
+        if place is link_file and not ordinary:
             failures.append(Failure(source, NO_LINK))
             continue
         try:
-            open_file(source).close()
+            if ordinary:
+                open_raw(source).close()
+            else:
+                data = read_bytes(source)
         except OSError as error:
             failures.append(Failure(source, plain_reason(error)))
             continue
         try:
-            place(source, target)
+            if ordinary:
+                place(source, target)
+            else:
+                write_copy(data, target)
         except OSError as error:
             raise ClipmatchError(
                 f"{printable(target)} can't be made: {plain_reason(error)}; choose another folder."
@@ -316,26 +323,25 @@ def make_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy contents and, of an ordinary file, times, unless it is done already; a picture in an archive is copied out
-    of it. Raises ClipmatchError if another file is in the way.
-    """
-    from clipmatch.archive import locate, read_bytes
-
-    ordinary = locate(source) is None and not is_remote(source)
-    data = b"" if ordinary else read_bytes(source)
+    """Copy contents and times, unless it is done already. Raises ClipmatchError if another file is in the way."""
     if os.path.lexists(target):
-        if target.is_symlink():
-            raise in_the_way(target)
-        if not (filecmp.cmp(source, target, shallow=False) if ordinary else read_bytes(target) == data):
+        if target.is_symlink() or not filecmp.cmp(source, target, shallow=False):
             raise in_the_way(target)
         return
     with atomic_file(target, replace=False) as draft:  # half a copy would be in the way of the next try
-        if not ordinary:
-            draft.write_bytes(data)
-            return
         shutil.copyfile(source, draft)
         status = source.stat()
         os.utime(draft, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def write_copy(data: bytes, target: Path) -> None:
+    """The same of a picture in an archive or on object storage, which has been read."""
+    if os.path.lexists(target):
+        if target.is_symlink() or target.read_bytes() != data:
+            raise in_the_way(target)
+        return
+    with atomic_file(target, replace=False) as draft:
+        draft.write_bytes(data)
 
 
 def link_file(source: Path, target: Path) -> None:

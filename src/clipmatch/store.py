@@ -273,7 +273,8 @@ class Store:
         """As `stamps`, of these files."""
         wanted = set(paths)
         known = {photo.path: photo.stamp for photo in self.photos_of(self.numbers_of(wanted).values())}
-        return known, {path: found for path, found in self.broken().items() if path in wanted}
+        broken = self.broken() if wanted else {}
+        return known, {path: found for path, found in broken.items() if path in wanted}
 
     def with_content(self, digests: Iterable[str]) -> dict[str, Photo]:
         """A photograph of each content that has one."""
